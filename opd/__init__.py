@@ -1,0 +1,1 @@
+"""`opd`: many domain specialists, distilled on-policy into one student."""

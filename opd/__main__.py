@@ -1,0 +1,155 @@
+"""The command line: `opd <command> key=value ...`. The only file that knows Hydra.
+
+Hydra composes `conf/` and the overrides onto the dataclasses of `opd.config`; what comes out is a plain `Config`.
+A mistake of the user's is one message and exit status 2, with nothing written over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+COMMANDS = {
+    "quickstart": "the whole chain on three small domains, from nothing to a distilled student",
+    "tokenizer": "train the run's tokenizer on the domains' text",
+    "base": "build the base model and give it a short SFT on all domains",
+    "specialist": "train the teacher of one domain: SFT, then GRPO (needs domain=NAME)",
+    "distill": "distil all teachers into one student, on-policy",
+    "evaluate": "score base, teachers and student; write summary.json and report.html",
+    "report": "write report.html again from what the run has logged",
+    "check": "print routing, teachers and memory, and refuse what cannot work; starts nothing",
+}
+
+
+def main() -> None:
+    """Entry point of the console script; exits with 0, 1 (something broke) or 2 (the user's mistake)."""
+    arguments = _parse(sys.argv[1:])
+    _quieten()
+    from opd.config import ConfigError
+
+    try:
+        sys.exit(_run(arguments))
+    except ConfigError as error:
+        print(f"opd {arguments.command}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"opd {arguments.command}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    commands = "\n".join(f"  {name:<11} {what}" for name, what in COMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="opd",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=f"Many domain specialists into one student.\n\ncommands:\n{commands}",
+        epilog="Overrides are Hydra's: key=value sets, +key=value adds, group=name or group=[a,b] selects YAML files of "
+        "conf/.\nExample: opd distill experiment=quickstart runtime=local stages.distill.steps=50",
+    )
+    parser.add_argument("command", choices=list(COMMANDS), metavar="command")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
+    parser.add_argument("--config-dir", help="a further folder of YAML files, searched before the built-in conf/")
+    return parser.parse_intermixed_args(argv)
+
+
+def compose(command: str, overrides: list[str], config_dir: str | None = None) -> tuple[Any, dict[str, Any]]:
+    """The typed `Config` and the same as plain containers. Raises ConfigError for anything Hydra or the schema refuses."""
+    import conf
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    from opd.config import Config, ConfigError, check_config
+
+    OmegaConf.register_new_resolver("cores", lambda most: min(int(most), _num_cores()), replace=True)
+    ConfigStore.instance().store(name="schema", node=Config)
+    if command == "quickstart" and not any(override.lstrip("+").startswith("experiment=") for override in overrides):
+        overrides = ["experiment=quickstart", *overrides]
+    if config_dir is not None:
+        if not os.path.isdir(config_dir):
+            raise ConfigError(f"--config-dir {config_dir} is not a folder")
+        overrides = [*overrides, f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"]
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(Path(conf.__file__).resolve().parent), version_base="1.3"):
+            composed = hydra_compose("config", overrides)
+        config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
+        plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_first_lines(error)) from error
+    check_config(config)
+    return config, plain
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    config, resolved = compose(arguments.command, arguments.overrides, arguments.config_dir)
+    if arguments.cfg:
+        import yaml
+
+        print(yaml.safe_dump(resolved, sort_keys=False), end="")
+        return 0
+    from opd import pipeline
+    from opd.actors import open_runtime
+    from opd.config import ConfigError
+    from opd.report import format_table, write_report
+
+    match arguments.command:
+        case "check":
+            print("\n".join(pipeline.check(config)))
+            return 0
+        case "report":
+            print(write_report(config.run.dir))
+            return 0
+        case "specialist" if config.domain is None:
+            raise ConfigError(f"domain is null; choose one of {', '.join(config.data.domains)}")
+        case "tokenizer":
+            with pipeline.open_run(config, resolved):
+                pipeline.run_tokenizer(config)
+            return 0
+    with pipeline.open_run(config, resolved), open_runtime(config.runtime) as runtime:
+        match arguments.command:
+            case "base":
+                pipeline.run_base(config, runtime)
+            case "specialist":
+                pipeline.run_specialist(config, runtime, config.domain)
+            case "distill":
+                pipeline.run_distill(config, runtime)
+            case "evaluate" | "quickstart":
+                run = pipeline.run_quickstart if arguments.command == "quickstart" else pipeline.run_evaluate
+                print(format_table(run(config, runtime)))
+                print(f"report: {os.path.join(config.run.dir, 'report.html')}")
+    return 0
+
+
+def _first_lines(error: Exception) -> str:
+    """Hydra's message without its chain of causes, on one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:6])
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _quieten() -> None:
+    """One log format for ours, silence for the libraries' chatter; errors of all come through."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr)
+    for name in ("opd", "rollout", "teachers"):
+        logging.getLogger(name).setLevel(logging.INFO)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+
+
+if __name__ == "__main__":
+    main()

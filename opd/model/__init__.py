@@ -1,0 +1,81 @@
+"""The model families behind one contract: token ids in, hidden states after the final norm out, a head beside them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from transformers import DeepseekV4Config
+
+from opd.config import ConfigError, ModelConfig
+from opd.model.hub import HubModel, load_hub_model
+from opd.model.transformer import DeepseekV4, ModelOutput, check_v4_config, initialize, v4_config
+from opd.weights import load_model_config, read_tensors
+
+__all__ = ["CausalLM", "DeepseekV4", "HubModel", "ModelOutput", "load_model", "new_v4"]
+
+
+class CausalLM(Protocol):
+    """What learner, teachers and engines know of a model (an nn.Module)."""
+
+    config: Any  # the transformers configuration object
+
+    @property
+    def head(self) -> nn.Parameter: ...
+
+    def __call__(self, token_ids: Tensor, lengths: Tensor) -> ModelOutput: ...
+
+    def update_selection_bias(self, load: Tensor, speed: float) -> None: ...
+
+
+def new_v4(model: ModelConfig, vocab_size: int, seed: int) -> DeepseekV4:
+    """A DeepSeek-V4 with fresh weights, from `model.config` and the tokenizer's vocabulary.
+
+    Raises ConfigError for fields that cannot work, and when `model.config.vocab_size` is smaller than the tokenizer.
+    """
+    fields = {"vocab_size": vocab_size, "num_nextn_predict_layers": 0, **model.config}
+    if fields["vocab_size"] < vocab_size:
+        raise ConfigError(
+            f"model.config.vocab_size={fields['vocab_size']} is smaller than the tokenizer's {vocab_size} entries"
+        )
+    built = DeepseekV4(v4_config(fields), model.fp4)
+    initialize(built, seed)
+    return built
+
+
+def load_model(model: ModelConfig, path: str | None = None) -> DeepseekV4 | HubModel:
+    """The model of a checkpoint folder or hub id (`path`, or `model.path`) with float32 parameters.
+
+    `model.fp4` decides whether its forward rounds the routed experts to MXFP4 values. Raises ConfigError for a missing
+    or damaged checkpoint, for one of another family, and for weights that do not fit its own config.
+    """
+    source = path or model.path
+    if not source:
+        raise ConfigError("model.path is null; name the folder or hub id of a checkpoint")
+    if model.family == "hf":
+        return load_hub_model(source, model.revision)
+    config = load_model_config(source, model.revision)
+    if not isinstance(config, DeepseekV4Config):
+        raise ConfigError(f"{source} holds a {config.model_type} model; family=deepseek_v4 cannot load it, use family=hf")
+    check_v4_config(config)
+    built = DeepseekV4(config, model.fp4)
+    tensors = read_tensors(source, model.revision)
+    wanted = {name: tensor.shape for name, tensor in built.state_dict().items()}
+    for name, shape in wanted.items():
+        if name not in tensors:
+            raise ConfigError(f"{source} lacks the tensor {name} that its config.json asks for")
+        if tensors[name].shape != shape:
+            raise ConfigError(
+                f"{source} holds {name} as {list(tensors[name].shape)}; its config.json asks for {list(shape)}"
+            )
+    for name in tensors:
+        if name not in wanted:
+            raise ConfigError(f"{source} holds the tensor {name} that its config.json has no place for")
+    built.load_state_dict(tensors)
+    return built
+
+
+def with_path(model: ModelConfig, path: str, *, fp4: str | None = None) -> ModelConfig:
+    """The same model settings over another checkpoint."""
+    return dataclasses.replace(model, path=path, fp4=fp4 or model.fp4)

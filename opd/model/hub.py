@@ -1,0 +1,119 @@
+"""Any transformers causal LM under the same contract as our own model.
+
+The one idea: the training loop asks a model for hidden states and an output head, never for logits, so all that is
+wrapped is "last hidden state in, head beside it". A model whose logits are more than `head @ hidden` (soft-capped or
+scaled logits, a bias) would be distilled wrongly and in silence, so loading probes for that and refuses by name.
+
+Left out: FP4 (only our own model's experts are fake-quantised), the expert balance loss, and incremental decoding.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from opd.config import ConfigError
+from opd.model.transformer import ModelOutput
+from opd.weights import load_model_config, resolve_checkpoint
+
+PROBE_TOKENS = 4
+PROBE_LOGIT = 1000.0  # the probe blows logits up to this size, where every soft cap in use saturates
+PROBE_TOLERANCE = 1e-4  # relative to the largest logit: FP32 rounding, and nothing else, passes
+
+
+class HubModel(nn.Module):
+    """A transformers causal LM as the loop sees a model.
+
+    Its submodules are this module's own, under the same names, so parameters, snapshots and checkpoints keep the names
+    of the published model. `config` is the transformers config.
+    """
+
+    _inner: Any
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__()
+        for name, child in inner.named_children():
+            self.add_module(name, child)
+        self.__dict__["_inner"] = inner  # not registered: its weights are already here, and names gain no prefix
+        self.config = inner.config
+        self.generation_config = inner.generation_config
+        self.training = inner.training
+
+    @property
+    def head(self) -> nn.Parameter:
+        """Output head [V, D]; with tied embeddings, the embedding itself."""
+        return self._inner.get_output_embeddings().weight
+
+    def forward(self, token_ids: torch.Tensor, lengths: torch.Tensor) -> ModelOutput:
+        """`token_ids` int64 [B, T], right-padded with any id; `lengths` int64 [B]. Hidden states [B, T, D] follow the
+        final norm and mean nothing at padded positions. The balance loss is 0 and the expert load is [0, 0]."""
+        positions = torch.arange(token_ids.shape[1], device=token_ids.device)
+        mask = (positions < lengths.to(token_ids.device)[:, None]).long()
+        output = self._inner.base_model(input_ids=token_ids, attention_mask=mask, use_cache=False)
+        hidden = output.last_hidden_state
+        return ModelOutput(
+            hidden=hidden,
+            balance_loss=torch.zeros((), dtype=torch.float32, device=hidden.device),
+            expert_load=torch.zeros((0, 0), dtype=torch.int64, device=hidden.device),
+        )
+
+    def update_selection_bias(self, load: torch.Tensor, speed: float) -> None:
+        """Does nothing: a published model's router has no selection bias of ours."""
+
+
+def load_hub_model(path: str, revision: str | None = None) -> HubModel:
+    """Loads a folder or hub id in FP32, in evaluation mode, without running code from the checkpoint.
+
+    Raises ConfigError for what `resolve_checkpoint` refuses, for quantised or incomplete weights, for an architecture
+    that transformers does not know, and for a model whose logits are not its head times its last hidden state.
+    """
+    folder = resolve_checkpoint(path, revision)
+    config = load_model_config(folder)
+    if getattr(config, "quantization_config", None):
+        raise ConfigError(f"{path} has quantised weights (quantization_config in its config.json); expected plain ones")
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
+        raise ConfigError(f"{path} does not load as a causal language model: {error}") from error
+    inner, loading = loaded
+    if absent := sorted(loading["missing_keys"]):
+        raise ConfigError(f"{path} lacks {len(absent)} of its model's tensors, first {absent[0]!r}")
+    _refuse_unless_logits_are_head_times_hidden(path, inner)
+    return HubModel(inner)
+
+
+@torch.no_grad()
+def _refuse_unless_logits_are_head_times_hidden(path: str, inner: Any) -> None:
+    """Runs a few tokens with the head's output blown up, so that a cap is seen even where a small model's logits are
+    far below it, and compares the model's own logits with head times hidden, blown up alike."""
+    head = inner.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        raise ConfigError(
+            f"{path} ({type(inner).__name__}) has no output head of its own; expected a causal language model"
+        )
+    token_ids = torch.arange(PROBE_TOKENS)[None] % head.weight.shape[0]
+    output = inner.base_model(input_ids=token_ids, use_cache=False)
+    hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None or hidden.shape[-1] != head.weight.shape[1]:
+        raise ConfigError(f"{path} ({type(inner).__name__}) gives no last hidden state of its head's width")
+    expected = hidden @ head.weight.T
+    scale = PROBE_LOGIT / expected.abs().max().clamp_min(1e-6)
+    hook = head.register_forward_hook(lambda module, args, logits: logits * scale)
+    try:
+        logits = inner(input_ids=token_ids, use_cache=False).logits
+    finally:
+        hook.remove()
+    if logits.shape != expected.shape or not torch.allclose(
+        logits, expected * scale, atol=PROBE_TOLERANCE * PROBE_LOGIT
+    ):
+        settings = {key: value for key, value in inner.config.to_dict().items() if "logit" in key and value}
+        raise ConfigError(
+            f"{path} ({type(inner).__name__}) computes logits that are not its head times its last hidden state, so "
+            f"its distribution can not be rebuilt from hidden states; config.json sets {settings or 'no logit option'}"
+        )

@@ -1,0 +1,303 @@
+"""DeepSeek-V4 as one module: configuration, blocks, the whole-sequence forward and the cached one, initialisation.
+
+Configuration class and parameter names are those of transformers' `DeepseekV4ForCausalLM`, so weights go both ways
+untouched. The trunk ends in hidden states; logits are the business of whoever holds the head (losses in tiles, the
+rollout engine for the last position only).
+
+Left out: multi-token prediction and a paged cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DeepseekV4Config
+
+from opd.config import ConfigError
+from opd.model.attention import Attention, Compressor, Indexer
+from opd.model.cache import Cache, CompressorState, Extension, LayerCache
+from opd.model.hyper_connection import HyperConnection, HyperHead
+from opd.model.layers import RMSNorm, rope_frequencies, rope_rotation
+from opd.model.moe import SCORING, Experts, MoE, Router, SharedExpert, balance_statistics
+
+CSA, HCA, WINDOW_ONLY = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
+
+
+@dataclass(slots=True)
+class ModelOutput:
+    """What a forward over whole sequences returns, for every family of model."""
+
+    hidden: Tensor  # [B, T, D], after the final norm: the input of the head
+    balance_loss: Tensor  # 0-dim, sum over sequences of V4's sequence-wise balance loss, mean over score-routed layers
+    expert_load: Tensor  # int64 [L, E], real tokens sent to each expert of each score-routed layer; [0, 0] if dense
+
+
+def v4_config(fields: dict[str, Any]) -> DeepseekV4Config:
+    """The published configuration class from its published field names; a misspelt or impossible one is refused."""
+    legacy = {"compress_ratios", "num_hash_layers", "qk_rope_head_dim", "compress_rate_csa", "compress_rate_hca"}
+    known = {field.name for field in dataclasses.fields(DeepseekV4Config)} | legacy
+    for key in fields:
+        if key not in known:
+            close = difflib.get_close_matches(key, known, 3)
+            raise ConfigError(f"model.config.{key} is not a field of DeepseekV4Config; close to it: {close or 'none'}")
+    try:
+        config = DeepseekV4Config(**fields)
+    except Exception as error:  # the library's own validation, in whatever class it raises
+        raise ConfigError(f"model.config is not valid: {error}") from error
+    check_v4_config(config)
+    return config
+
+
+def check_v4_config(config: DeepseekV4Config) -> None:
+    """Raises ConfigError for shapes that cannot work."""
+
+    def refuse(key: str, why: str) -> None:
+        raise ConfigError(f"model.config.{key}={getattr(config, key)!r} cannot work: {why}")
+
+    if config.num_attention_heads % config.o_groups:
+        refuse("o_groups", f"num_attention_heads={config.num_attention_heads} is not a multiple of it")
+    if config.num_key_value_heads != 1:
+        refuse("num_key_value_heads", "V4 has one key-value head")
+    if config.qk_rope_head_dim % 2 or not 0 < config.qk_rope_head_dim <= config.head_dim:
+        refuse("partial_rotary_factor", f"it gives {config.qk_rope_head_dim} RoPE channels of {config.head_dim}")
+    if CSA in config.layer_types and config.index_head_dim < config.qk_rope_head_dim:
+        refuse("index_head_dim", f"it is smaller than the {config.qk_rope_head_dim} RoPE channels")
+    if config.num_experts_per_tok > config.n_routed_experts:
+        refuse("num_experts_per_tok", f"there are {config.n_routed_experts} experts")
+    if config.n_shared_experts != 1:
+        refuse("n_shared_experts", "V4 has one shared expert")
+    if config.scoring_func not in SCORING:
+        refuse("scoring_func", f"choose one of {', '.join(SCORING)}")
+    if config.tie_word_embeddings:
+        refuse("tie_word_embeddings", "V4's head is not tied")
+    for kind in (CSA, HCA):
+        ratio = config.compress_rates[kind]
+        if kind in config.layer_types and not 1 <= ratio <= config.sliding_window:
+            raise ConfigError(
+                f"model.config.compress_rates.{kind}={ratio} cannot work with sliding_window={config.sliding_window}: "
+                "tokens of an unfinished block are reachable through the window only, so it must not be the smaller"
+            )
+
+
+class Block(nn.Module):
+    """Attention and MoE, each between its own norm and its own hyper-connection."""
+
+    def __init__(self, config: DeepseekV4Config, index: int, quantized: bool) -> None:
+        super().__init__()
+        hidden, eps = config.hidden_size, config.rms_norm_eps
+        self.self_attn = Attention(
+            hidden_size=hidden,
+            heads=config.num_attention_heads,
+            head_dim=config.head_dim,
+            query_rank=config.q_lora_rank,
+            groups=config.o_groups,
+            group_rank=config.o_lora_rank,
+            window=config.sliding_window,
+            eps=eps,
+            compressor=_compressor(config, config.layer_types[index]),
+        )
+        self.mlp = MoE(
+            Router(
+                config.n_routed_experts,
+                config.num_experts_per_tok,
+                hidden,
+                config.scoring_func,
+                config.routed_scaling_factor,
+                config.vocab_size if config.mlp_layer_types[index] == "hash_moe" else None,
+            ),
+            Experts(
+                config.n_routed_experts, hidden, config.moe_intermediate_size, config.swiglu_limit, quantized=quantized
+            ),
+            SharedExpert(hidden, config.moe_intermediate_size, config.swiglu_limit),
+        )
+        self.input_layernorm = RMSNorm(hidden, eps)
+        self.post_attention_layernorm = RMSNorm(hidden, eps)
+        self.attn_hc, self.ffn_hc = (
+            HyperConnection(config.hc_mult, hidden, config.hc_sinkhorn_iters, config.hc_eps, eps) for _ in range(2)
+        )
+
+    def mix_experts(self, streams: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The MoE half: streams after it, affinities [B T, E], expert ids [B T, K]."""
+        collapsed, post, residual = self.ffn_hc.collapse(streams)
+        x = self.post_attention_layernorm(collapsed).flatten(0, -2)
+        out, scores, chosen = self.mlp(x, token_ids.flatten())
+        return self.ffn_hc.expand(streams, out.view(collapsed.shape), post, residual), scores, chosen
+
+
+def _compressor(config: DeepseekV4Config, kind: str) -> Compressor | None:
+    if kind == WINDOW_ONLY:
+        return None
+    hidden, eps, ratio = config.hidden_size, config.rms_norm_eps, config.compress_rates[kind]
+    compressor = Compressor(hidden, config.head_dim, ratio, overlap=kind == CSA, eps=eps)
+    if kind == CSA:
+        compressor.indexer = Indexer(
+            hidden, config.q_lora_rank, config.index_n_heads, config.index_head_dim, ratio, config.index_topk, eps
+        )
+    return compressor
+
+
+class Trunk(nn.Module):
+    """Everything below the head; a module of its own for the published names (`model.layers...`)."""
+
+    def __init__(self, config: DeepseekV4Config, quantized: bool) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index, quantized) for index in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hc_head = HyperHead(config.hc_mult, config.hidden_size, config.hc_eps, config.rms_norm_eps)
+
+
+class DeepseekV4(nn.Module):
+    """The student. `fp4` is the model config's choice of weights that are used as MXFP4 values: experts or none."""
+
+    def __init__(self, config: DeepseekV4Config, fp4: str = "none") -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config, quantized=fp4 == "experts")
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        rope_dim = config.qk_rope_head_dim
+        for kind in ("main", "compress"):
+            frequencies = rope_frequencies(config.rope_parameters[kind], rope_dim)
+            self.register_buffer(f"{kind}_frequencies", frequencies, persistent=False)
+
+    @property
+    def head(self) -> nn.Parameter:
+        """The output head [V, D]."""
+        return self.lm_head.weight
+
+    def forward(self, token_ids: Tensor, lengths: Tensor) -> ModelOutput:
+        """Whole sequences: int64 [B, T] right-padded with any valid id, int64 [B]. Padding never reaches real tokens.
+
+        Raises ValueError when T exceeds the configured context.
+        """
+        length = token_ids.shape[1]
+        if length > self.config.max_position_embeddings:
+            raise ValueError(f"{length} tokens exceed max_position_embeddings={self.config.max_position_embeddings}")
+        positions = torch.arange(length, device=token_ids.device)
+        real = positions < lengths[:, None]
+        rotations = self._rotations(positions[None])
+        streams = self._embed(token_ids)
+        balance, load = [], []
+        for block in self.model.layers:
+            rotation, frequencies = rotations[block.self_attn.compressor is not None]
+            collapsed, post, residual = block.attn_hc.collapse(streams)
+            mixed = block.self_attn(block.input_layernorm(collapsed), rotation, frequencies)
+            streams = block.attn_hc.expand(streams, mixed, post, residual)
+            streams, scores, chosen = block.mix_experts(streams, token_ids)
+            if not block.mlp.gate.is_hash:
+                layer_balance, layer_load = balance_statistics(scores, chosen, real)
+                balance.append(layer_balance)
+                load.append(layer_load)
+        hidden = self.model.norm(self.model.hc_head(streams))
+        if not load:
+            return ModelOutput(hidden, hidden.new_zeros(()), torch.zeros(0, 0, dtype=torch.int64))
+        return ModelOutput(hidden, torch.stack(balance).mean(), torch.stack(load))
+
+    def extend(self, token_ids: Tensor, cache: Cache, at: Extension) -> Tensor:
+        """New tokens of cached sequences: int64 [B, T] right-padded -> hidden [B, T, D]; the cache moves on.
+
+        Rows may stand at different positions and bring different numbers of tokens. Any split of a sequence into calls
+        gives the same hidden states to rounding. Raises ValueError past the cache's `max_tokens`.
+        """
+        if at.max_end > cache.max_tokens:
+            raise ValueError(f"a sequence of {at.max_end} tokens does not fit a cache of {cache.max_tokens}")
+        rotations = self._rotations(at.positions)
+        streams = self._embed(token_ids)
+        for block, layer_cache in zip(self.model.layers, cache.layers, strict=True):
+            rotation, frequencies = rotations[block.self_attn.compressor is not None]
+            collapsed, post, residual = block.attn_hc.collapse(streams)
+            h = block.input_layernorm(collapsed)
+            mixed = block.self_attn.extend(h, rotation, frequencies, layer_cache, at)
+            streams = block.attn_hc.expand(streams, mixed, post, residual)
+            streams, _, _ = block.mix_experts(streams, token_ids)
+        return self.model.norm(self.model.hc_head(streams))
+
+    def new_cache(self, num_slots: int, max_tokens: int) -> Cache:
+        """An empty cache in the parameters' dtype and on their device."""
+        config, like = self.config, self.lm_head.weight
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(num_slots, *shape, dtype=like.dtype, device=like.device)
+
+        def state(compressor: Compressor) -> CompressorState:
+            ring, series = compressor.ring_tokens, compressor.kv_proj.out_features
+            blocks = max_tokens // compressor.ratio
+            return CompressorState(zeros(ring, series), zeros(ring, series), zeros(blocks, compressor.width))
+
+        cache = Cache(num_slots, max_tokens)
+        for block in self.model.layers:
+            compressor = block.self_attn.compressor
+            indexer = getattr(compressor, "indexer", None)
+            cache.layers.append(
+                LayerCache(
+                    zeros(config.sliding_window, config.head_dim),
+                    None if compressor is None else state(compressor),
+                    None if indexer is None else state(indexer),
+                )
+            )
+        return cache
+
+    @torch.no_grad()
+    def update_selection_bias(self, load: Tensor, speed: float) -> None:
+        """Auxiliary-loss-free balancing: experts above the mean load [L, E] become `speed` less likely to be chosen."""
+        routers = [block.mlp.gate for block in self.model.layers if not block.mlp.gate.is_hash]
+        for router, counts in zip(routers, load.to(self.lm_head.weight.device, torch.float32), strict=True):
+            router.e_score_correction_bias += speed * torch.sign(counts.mean() - counts)
+
+    def _embed(self, token_ids: Tensor) -> Tensor:
+        embedded = self.model.embed_tokens(token_ids)
+        return embedded[..., None, :].expand(*embedded.shape[:-1], self.config.hc_mult, -1)
+
+    def _rotations(self, positions: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(rotation at the positions, frequencies) of window-only layers and of compressed ones."""
+        main, compress = self.main_frequencies, self.compress_frequencies
+        return (rope_rotation(positions, main), main), (rope_rotation(positions, compress), compress)
+
+
+@torch.no_grad()
+def initialize(model: DeepseekV4, seed: int) -> None:
+    """Weights to train from scratch. Nothing is published for V4 but alpha = 0.01; the rest is this project's choice.
+
+    Matrices are normal with standard deviation 1 / sqrt(fan-in), which keeps every projection of a unit-RMS input at
+    unit RMS whatever the width; the two matrices that write to the residual streams (o_b_proj, down_proj) are smaller
+    by sqrt(2 L), and embedding and head have deviation 1 and 1 / sqrt(D). Hyper-connections start with alpha 0.01 and
+    an identity-leaning residual matrix (+2 on its diagonal); hash tables hold K distinct experts per token id.
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    residual_scale = (2 * config.num_hidden_layers) ** -0.5
+    n = config.hc_mult
+
+    def normal(tensor: Tensor, deviation: float) -> None:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) * deviation)
+
+    for name, parameter in model.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        if leaf == "scale" or leaf == "hc_scale":
+            parameter.fill_(0.01)
+        elif leaf == "base":
+            parameter.zero_()
+            parameter[2 * n :].view(n, n).diagonal().fill_(2.0)
+        elif leaf in ("sinks", "position_bias", "hc_base"):
+            parameter.zero_()
+        elif "norm" in name and parameter.ndim == 1:
+            parameter.fill_(1.0)
+        elif name == "model.embed_tokens.weight":
+            normal(parameter, 1.0)
+        else:
+            residual = leaf == "down_proj" or "down_proj" in name or "o_b_proj" in name
+            normal(parameter, parameter.shape[-1] ** -0.5 * (residual_scale if residual else 1.0))
+    for name, buffer in model.named_buffers():
+        if name.endswith("tid2eid"):
+            order = torch.rand(buffer.shape[0], config.n_routed_experts, generator=generator).argsort(-1)
+            buffer.copy_(order[:, : buffer.shape[1]])
+
+
+def num_parameters(model: nn.Module) -> int:
+    return sum(math.prod(parameter.shape) for parameter in model.parameters())

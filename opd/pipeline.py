@@ -1,0 +1,298 @@
+"""The commands: which stages run, from which weights, into which folder.
+
+A run is one folder, `<run.root>/<run.name>`:
+
+    config.yaml  summary.json  report.html
+    tokenizer/                      unless the model brings its own
+    base/                           the common start: init/hf and a stage's folder
+    specialists/<domain>/{sft,grpo} two stage folders, and hf, which is the teacher
+    student/                        the distilled model's stage folder
+    <stage>/metrics.jsonl findings.jsonl wandb/ hf checkpoints/step_<n>/{hf,state}
+
+Every command reads what earlier ones left there, so a pipeline can be run at once or piece by piece.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any, TextIO
+
+import psutil
+import yaml
+
+from opd.actors import Runtime
+from opd.chat import Chat, tokenizer_difference, train_tokenizer
+from opd.config import Config, ConfigError, teacher_routes
+from opd.data import Domain, domain_texts, load_domains
+from opd.evaluate import compare, write_summary
+from opd.health import check_recovery
+from opd.model import new_v4
+from opd.report import write_report
+from opd.train import clear, pick_device, train
+from opd.weights import load_model_config, resolve_checkpoint, save_checkpoint
+from teachers.pool import check_teachers
+
+log = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def open_run(config: Config, resolved: dict[str, Any]) -> Iterator[None]:
+    """Takes the run's folder for this process and records the configuration there.
+
+    Raises ConfigError when another process works in it, or when the folder cannot be written.
+    """
+    try:
+        os.makedirs(config.run.dir, exist_ok=True)
+        lock: TextIO = open(os.path.join(config.run.dir, ".lock"), "a+", encoding="ascii")  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"run.root={config.run.root}: the folder {config.run.dir} cannot be written: {error}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.seek(0)
+            raise ConfigError(
+                f"run.name={config.run.name}: {config.run.dir} is in use by process {lock.read().strip() or '?'}; "
+                "choose another run.name"
+            ) from None
+        lock.seek(0)
+        lock.truncate()
+        lock.write(str(os.getpid()))
+        lock.flush()
+        with open(os.path.join(config.run.dir, "config.yaml"), "w", encoding="utf-8") as file:
+            yaml.safe_dump(resolved, file, sort_keys=False)
+        yield
+
+
+def student_chat(config: Config, *, create: bool = True) -> Chat:
+    """The student's tokenizer: the one named, the one beside the model, or the run's own, trained when first needed."""
+    own = config.model.tokenizer or config.model.path
+    if own:
+        return Chat.load(own, config.model.revision)
+    folder = os.path.join(config.run.dir, "tokenizer")
+    if not os.path.isdir(folder):
+        if not create:
+            raise ConfigError(f"model.tokenizer is null and {folder} does not exist; run `opd tokenizer` first")
+        log.info("training a byte-level BPE of %d entries", config.tokenizer.vocab_size)
+        texts = domain_texts(config, config.tokenizer.samples_per_domain)
+        Chat(train_tokenizer(texts, config.tokenizer.vocab_size)).save(folder)
+    return Chat.load(folder)
+
+
+def base_path(config: Config) -> str:
+    """The weights that specialists and student start from."""
+    return config.model.path or os.path.join(config.run.dir, "base", "hf")
+
+
+def student_path(config: Config) -> str:
+    return os.path.join(config.run.dir, "student", "hf")
+
+
+def run_tokenizer(config: Config) -> None:
+    chat = student_chat(config)
+    log.info("%d entries, in %s", chat.vocab_size, config.model.tokenizer or os.path.join(config.run.dir, "tokenizer"))
+
+
+def run_base(config: Config, runtime: Runtime) -> None:
+    """The common start: a fresh model (or `model.path`) and a short SFT on all domains."""
+    folder = _fresh(config, "base")
+    chat = student_chat(config)
+    domains = load_domains(config, chat)
+    start = config.model.path
+    if start is None:
+        start = os.path.join(folder, "init", "hf")
+        save_checkpoint(start, new_v4(config.model, chat.vocab_size, config.seed), chat)
+    _stage(config, "base", start, folder, domains, chat, runtime)
+
+
+def run_specialist(config: Config, runtime: Runtime, domain: str) -> None:
+    """SFT, then GRPO, on one domain; `specialists/<domain>/hf` is the teacher."""
+    folder = _fresh(config, os.path.join("specialists", domain))
+    chat = student_chat(config)
+    domains = load_domains(config, chat, [domain])
+    start = _existing(base_path(config), "run `opd base` first, or set model.path")
+    for stage in ("sft", "grpo"):
+        start = _stage(config, stage, start, os.path.join(folder, stage), domains, chat, runtime)
+    os.symlink(os.path.join("grpo", "hf"), os.path.join(folder, "hf"))
+
+
+def run_distill(config: Config, runtime: Runtime) -> None:
+    """All teachers into one student, on-policy."""
+    for line in check(config):
+        log.info("%s", line)
+    folder = _fresh(config, "student")
+    chat = student_chat(config)
+    domains = load_domains(config, chat)
+    start = _existing(base_path(config), "run `opd base` first, or set model.path")
+    _stage(config, "distill", start, folder, domains, chat, runtime)
+
+
+def run_evaluate(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """Base, teachers and student on held-out prompts; writes summary.json and report.html."""
+    chat = student_chat(config, create=False)
+    domains = load_domains(config, chat)
+    check_teachers(chat, _vocab_size(config, chat), config.teachers)
+    started = time.perf_counter()
+    summary = compare(
+        config,
+        runtime,
+        chat,
+        domains,
+        base=_existing(base_path(config), "run `opd base` first, or set model.path"),
+        student=_existing(student_path(config), "run `opd distill` first"),
+        device=pick_device(config),
+    )
+    summary["findings"] = _findings(config.run.dir) + summary["findings"]
+    summary["seconds"] = _seconds(config.run.dir) | {"evaluate": round(time.perf_counter() - started, 1)}
+    write_summary(os.path.join(config.run.dir, "summary.json"), summary)
+    write_report(config.run.dir)
+    for finding in check_recovery(summary):
+        log.warning("%s: %s", finding.rule, finding.message)
+    return summary
+
+
+def run_quickstart(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """The whole chain, and how to repeat each link of it."""
+    total = 3 + len(config.data.domains)
+
+    def announce(number: int, command: str, what: str) -> None:
+        log.info("[%d/%d] %s  ($ opd %s experiment=quickstart)", number, total, what, command)
+
+    announce(1, "base", "tokenizer and base model: a short SFT on all domains")
+    run_base(config, runtime)
+    for number, domain in enumerate(config.data.domains):
+        announce(2 + number, f"specialist domain={domain}", f"specialist for {domain}: SFT, then GRPO")
+        run_specialist(config, runtime, domain)
+    announce(total - 1, "distill", "on-policy distillation of all specialists into one student")
+    run_distill(config, runtime)
+    announce(total, "evaluate", "evaluation of base, teachers and student")
+    return run_evaluate(config, runtime)
+
+
+def check(config: Config) -> list[str]:
+    """What `opd distill` would do, line by line: routing, memory; raises ConfigError for what cannot work."""
+    routes = teacher_routes(config)
+    chat = student_chat(config, create=False)
+    vocab_size = _vocab_size(config, chat)
+    teachers = check_teachers(chat, vocab_size, config.teachers)
+    path = _existing(base_path(config), "run `opd base` first, or set model.path")
+    if difference := tokenizer_difference(chat, Chat.load(path, config.model.revision)):
+        raise ConfigError(f"model.tokenizer and the tokenizer beside {path} differ: {difference}")
+    domains = load_domains(config, chat)
+    width = max(len(name) for name in routes)
+    lines = ["routing:", f"  {'domain':<{width}}  train     held out  teacher (weight)"]
+    for name, domain in domains.items():
+        served = ", ".join(f"{teacher} ({weight:g})" for teacher, weight in routes[name])
+        lines.append(f"  {name:<{width}}  {domain.train_size:<8}  {len(domain.eval):<8}  {served}")
+    lines += ["teachers:", *(f"  {line}" for line in teachers)]
+    return lines + memory_estimate(config)
+
+
+def memory_estimate(config: Config) -> list[str]:
+    """Bytes each kind of actor holds, from the checkpoints' own sizes; a warning line when the sum exceeds the machine."""
+    student = _weight_bytes(base_path(config), config.model.revision)
+    per_parameter = 16 if config.learner.optimizer.name == "adamw" else 12  # master, gradient, one or two moments
+    shards = config.learner.num_ranks if config.learner.zero_stage else 1
+    learner = student // 4 * (8 + (per_parameter - 8) / shards) + student
+    resident: dict[tuple[str, str | None], int] = {}
+    largest_on_disk = 0
+    for teacher in config.teachers.values():
+        size = _weight_bytes(teacher.path, teacher.revision)
+        if teacher.residency == "host":
+            resident[(teacher.path, teacher.revision)] = size
+        else:
+            largest_on_disk = max(largest_on_disk, size)
+    teachers = sum(resident.values()) + largest_on_disk
+    worker = 2 * student  # the policy, and the snapshot it is loaded from
+    total = learner * config.learner.num_ranks + worker * config.rollout.num_workers + teachers
+    lines = [
+        "memory for weights and optimizer, without activations:",
+        f"  learner      {config.learner.num_ranks} x {_size(learner)}",
+        f"  rollout      {config.rollout.num_workers} x {_size(worker)}",
+        f"  teachers     {_size(teachers)} ({len(resident)} resident, disk-resident ones one at a time)",
+        f"  in all       {_size(total)} of {_size(psutil.virtual_memory().total)} on this machine",
+    ]
+    if total > psutil.virtual_memory().total:
+        lines.append("  warning: more than this machine has; spread it over a cluster or use residency: disk")
+    return lines
+
+
+def _stage(
+    config: Config, stage: str, start: str, folder: str, domains: dict[str, Domain], chat: Chat, runtime: Runtime
+) -> str:
+    """One call of `train`, with a seed of the stage's own: no two stages see prompts in the same order."""
+    order = ("base", "sft", "grpo", "distill").index(stage)
+    seeded = replace(config, seed=config.seed * 4 + order)
+    started = time.perf_counter()
+    end = train(seeded, stage, start=start, run_dir=folder, domains=domains, chat=chat, runtime=runtime)
+    with open(os.path.join(folder, "seconds.json"), "w", encoding="ascii") as file:
+        json.dump({stage: round(time.perf_counter() - started, 1)}, file)
+    return end
+
+
+def _fresh(config: Config, name: str) -> str:
+    """The folder of a stage, empty. Raises ConfigError when it holds an earlier run and run.overwrite is false."""
+    folder = os.path.join(config.run.dir, name)
+    if os.path.isdir(folder) and os.listdir(folder):
+        if not config.run.overwrite:
+            raise ConfigError(
+                f"run.name={config.run.name}: {folder} already holds a run; choose another run.name, or replace it with "
+                "run.overwrite=true"
+            )
+        clear(folder)
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def _existing(path: str, otherwise: str) -> str:
+    try:
+        resolve_checkpoint(path)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; {otherwise}") from None
+    return path
+
+
+def _vocab_size(config: Config, chat: Chat) -> int:
+    path = base_path(config)
+    return int(load_model_config(path, config.model.revision).vocab_size) if os.path.exists(path) else chat.vocab_size
+
+
+def _findings(run_dir: str) -> list[dict[str, Any]]:
+    found = []
+    for folder, _, files in sorted(os.walk(run_dir)):
+        if "findings.jsonl" in files:
+            with open(os.path.join(folder, "findings.jsonl"), encoding="utf-8") as file:
+                found += [json.loads(line) for line in file if line.endswith("\n")]
+    return found
+
+
+def _seconds(run_dir: str) -> dict[str, float]:
+    """Seconds of every stage, specialists under "<stage> <domain>"."""
+    seconds = {}
+    for folder, _, files in sorted(os.walk(run_dir)):
+        if "seconds.json" in files:
+            parts = os.path.relpath(folder, run_dir).split(os.sep)
+            with open(os.path.join(folder, "seconds.json"), encoding="ascii") as file:
+                for stage, value in json.load(file).items():
+                    seconds[f"{stage} {parts[1]}" if parts[0] == "specialists" else stage] = value
+    return seconds
+
+
+def _weight_bytes(path: str, revision: str | None) -> int:
+    folder = resolve_checkpoint(path, revision)
+    return sum(os.path.getsize(folder / name) for name in os.listdir(folder) if name.endswith(".safetensors"))
+
+
+def _size(num_bytes: float) -> str:
+    power = min(int(math.log(max(num_bytes, 1), 1024)), 4)
+    return f"{num_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+
+

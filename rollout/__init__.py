@@ -1,0 +1,1 @@
+"""Acting: everything that turns a prompt and a policy into tokens."""

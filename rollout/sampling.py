@@ -1,0 +1,70 @@
+"""From logits to a token, by noise that is a function of (seed, trajectory, position) and of nothing else.
+
+One uniform number per token, inverted through the cumulative distribution: a resumed, re-batched or re-routed request
+draws what it would have drawn anyway. Nothing here depends on a generator's state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+from opd.config import SamplingConfig
+
+
+def trajectory_key(trajectory_id: str, seed: int) -> int:
+    """A signed 64-bit number that stands for the trajectory's noise stream."""
+    digest = hashlib.blake2b(f"{seed}/{trajectory_id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def uniform(keys: Tensor, positions: Tensor) -> Tensor:
+    """Numbers in (0, 1), float64 [N], from int64 keys [N] and token positions [N] (the SplitMix64 finaliser)."""
+    state = keys + (positions + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number; wraps on purpose
+    state = (state ^ _shift(state, 30)) * -4658895280553007687
+    state = (state ^ _shift(state, 27)) * -7723592293110705685
+    state = state ^ _shift(state, 31)
+    return (_shift(state, 11).to(torch.float64) + 0.5) * 2.0**-53
+
+
+def _shift(state: Tensor, bits: int) -> Tensor:
+    """Logical right shift of int64, whose own shift keeps the sign."""
+    return (state >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
+    """Tokens int64 [N] and their log-probabilities float32 [N] under the distribution they were drawn from.
+
+    Order: temperature, top-k, top-p, draw. At temperature 0 the token is the arg max (the lowest id among equals) and
+    its log-probability is the one at temperature 1, since a point mass has nothing to compare with. Logits are taken
+    to float32, the cumulative sum to float64. Raises ValueError for logits that are not finite.
+    """
+    logits = logits_NV.float()
+    if not torch.isfinite(logits).all():
+        row = int((~torch.isfinite(logits)).any(-1).nonzero()[0])
+        raise ValueError(f"the policy's logits are not finite (row {row}); the published weights are damaged")
+    if sampling.temperature == 0.0:
+        tokens = logits.argmax(-1)
+        return tokens, torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+    log_p = torch.log_softmax(logits / sampling.temperature, -1)
+    if sampling.top_k or sampling.top_p < 1.0:
+        log_p = torch.log_softmax(_truncate(log_p, sampling), -1)
+    cumulative = log_p.to(torch.float64).exp().cumsum(-1)
+    # The last entry is the total, one but for rounding; scaling by it keeps the draw inside the support.
+    threshold = uniform(keys_N, positions_N)[:, None] * cumulative[:, -1:]
+    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)
+    return tokens[:, 0], log_p.gather(1, tokens)[:, 0]
+
+
+def _truncate(log_p: Tensor, sampling: SamplingConfig) -> Tensor:
+    """Minus infinity outside the kept set: the k likeliest, then the shortest prefix of them with mass top_p."""
+    ordered, ids = log_p.sort(dim=-1, descending=True, stable=True)
+    drop = torch.zeros_like(ordered, dtype=torch.bool)
+    if sampling.top_k:
+        drop[:, sampling.top_k :] = True
+    if sampling.top_p < 1.0:
+        kept = ordered.masked_fill(drop, -torch.inf).softmax(-1)
+        drop |= kept.cumsum(-1) - kept >= sampling.top_p
+    return log_p.masked_fill(torch.zeros_like(drop).scatter(-1, ids, drop), -torch.inf)
