@@ -10,7 +10,6 @@ import argparse
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
 COMMANDS = {
@@ -47,47 +46,76 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="opd",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Many domain specialists into one student.\n\ncommands:\n{commands}",
-        epilog="Overrides are Hydra's: key=value sets, +key=value adds, group=name or group=[a,b] selects YAML files of "
-        "conf/.\nExample: opd distill experiment=quickstart runtime=local stages.distill.steps=50",
+        epilog="Overrides are Hydra's: key=value sets, +key=value adds, group=name or group=[a,b] selects YAML files "
+        "of conf/.\nExample: opd distill experiment=quickstart runtime=local stages.distill.steps=50",
     )
     parser.add_argument("command", choices=list(COMMANDS), metavar="command")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--cfg", choices=["job"], help="print the composed configuration and stop")
-    parser.add_argument("--config-dir", help="a further folder of YAML files, searched before the built-in conf/")
+    parser.add_argument("--config-dir", help="a further folder with data/, teachers/, ... of YAML files")
     return parser.parse_intermixed_args(argv)
 
 
 def compose(command: str, overrides: list[str], config_dir: str | None = None) -> tuple[Any, dict[str, Any]]:
-    """The typed `Config` and the same as plain containers. Raises ConfigError for anything Hydra or the schema refuses."""
-    import conf
+    """The typed `Config` and the same as plain containers. Raises ConfigError for what Hydra or the schema refuses."""
+    import yaml
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.config_store import ConfigStore
     from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
+    from hydra.errors import HydraException, MissingConfigException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from opd.config import Config, ConfigError, check_config
+    import conf
+    from opd.config import Config, ConfigError, check_config, check_keys
 
     OmegaConf.register_new_resolver("cores", lambda most: min(int(most), _num_cores()), replace=True)
     ConfigStore.instance().store(name="schema", node=Config)
-    if command == "quickstart" and not any(override.lstrip("+").startswith("experiment=") for override in overrides):
+    if command == "quickstart" and not any(override.lstrip("+~").startswith("experiment") for override in overrides):
         overrides = ["experiment=quickstart", *overrides]
+    folders = [os.path.dirname(os.path.abspath(conf.__file__))]
     if config_dir is not None:
-        if not os.path.isdir(config_dir):
-            raise ConfigError(f"--config-dir {config_dir} is not a folder")
-        overrides = [*overrides, f"hydra.searchpath=[file://{os.path.abspath(config_dir)}]"]
+        _check_config_dir(config_dir, folders[0])
+        folders.append(os.path.abspath(config_dir))
+        overrides = [*overrides, f"hydra.searchpath=[file://{folders[1]}]"]
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(Path(conf.__file__).resolve().parent), version_base="1.3"):
+        with initialize_config_dir(folders[0], version_base="1.3"):
             composed = hydra_compose("config", overrides)
         config: Config = OmegaConf.to_object(composed)  # type: ignore[assignment]
         plain: dict[str, Any] = OmegaConf.to_container(composed, resolve=True)  # type: ignore[assignment]
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_first_lines(error)) from error
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        raise ConfigError(
+            f"{group}={name} selects no file; {group} has: {', '.join(_options(folders, group))}"
+        ) from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"a configuration file is not YAML: {_in_one_line(error)}") from error
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: Hydra on some overrides
+        raise ConfigError(_in_one_line(error)) from error
+    check_keys(plain, config)
     check_config(config)
     return config, plain
+
+
+def _options(folders: list[str], group: str) -> list[str]:
+    """Names of the YAML files of a configuration group."""
+    files = {file for folder in folders for _, _, found in os.walk(os.path.join(folder, group)) for file in found}
+    return sorted(file.removesuffix(".yaml") for file in files if file.endswith(".yaml"))
+
+
+def _check_config_dir(config_dir: str, built_in: str) -> None:
+    """Raises ConfigError for a folder that is not there, and for files in it that Hydra would find in conf/ instead."""
+    from opd.config import ConfigError
+
+    if not os.path.isdir(config_dir):
+        raise ConfigError(f"--config-dir {config_dir} is not a folder")
+    for folder, _, files in os.walk(config_dir):
+        for file in files:
+            name = os.path.relpath(os.path.join(folder, file), config_dir)
+            if file.endswith(".yaml") and os.path.exists(os.path.join(built_in, name)):
+                raise ConfigError(f"--config-dir {config_dir}: {name} is also a file of conf/; give it another name")
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -102,38 +130,41 @@ def _run(arguments: argparse.Namespace) -> int:
     from opd.config import ConfigError
     from opd.report import format_table, write_report
 
-    match arguments.command:
-        case "check":
-            print("\n".join(pipeline.check(config)))
-            return 0
-        case "report":
-            print(write_report(config.run.dir))
-            return 0
-        case "specialist" if config.domain is None:
-            raise ConfigError(f"domain is null; choose one of {', '.join(config.data.domains)}")
-        case "tokenizer":
-            with pipeline.open_run(config, resolved):
-                pipeline.run_tokenizer(config)
-            return 0
-    with pipeline.open_run(config, resolved), open_runtime(config.runtime) as runtime:
-        match arguments.command:
+    command: str = arguments.command
+    if command == "check":
+        print("\n".join(pipeline.check(config)))
+        return 0
+    if command == "report":
+        if not os.path.isdir(config.run.dir):
+            raise ConfigError(f"run.name={config.run.name}: {config.run.dir} is not the folder of a run")
+        print(write_report(config.run.dir))
+        return 0
+    if command == "specialist" and config.domain is None:
+        raise ConfigError(f"domain is null; choose one of {', '.join(config.data.domains)}")
+    if command == "tokenizer":
+        with pipeline.open_run(config):
+            pipeline.run_tokenizer(config)
+        return 0
+    with pipeline.open_run(config), open_runtime(config.runtime) as runtime:
+        match command:
             case "base":
                 pipeline.run_base(config, runtime)
             case "specialist":
                 pipeline.run_specialist(config, runtime, config.domain)
             case "distill":
                 pipeline.run_distill(config, runtime)
-            case "evaluate" | "quickstart":
-                run = pipeline.run_quickstart if arguments.command == "quickstart" else pipeline.run_evaluate
+            case _:  # evaluate, quickstart
+                run = pipeline.run_quickstart if command == "quickstart" else pipeline.run_evaluate
                 print(format_table(run(config, runtime)))
                 print(f"report: {os.path.join(config.run.dir, 'report.html')}")
     return 0
 
 
-def _first_lines(error: Exception) -> str:
-    """Hydra's message without its chain of causes, on one line."""
+def _in_one_line(error: BaseException) -> str:
+    """The first lines of a library's message and of its cause, which is where OmegaConf says what it expected."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:6])
+    message = " ".join(lines[:5])
+    return f"{message}: {_in_one_line(error.__cause__)}" if error.__cause__ is not None else message
 
 
 def _num_cores() -> int:

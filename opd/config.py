@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -24,12 +25,32 @@ class ConfigError(ValueError):
 def one_of(key: str, value: object, allowed: tuple[object, ...]) -> None:
     """Raises ConfigError naming `key` unless `value` is in `allowed`."""
     if value not in allowed:
-        raise ConfigError(f"{key}={value!r} is not allowed; choose one of {', '.join(map(str, allowed))}")
+        shown = ", ".join("null" if choice is None else str(choice) for choice in allowed)
+        raise ConfigError(f"{key}={'null' if value is None else value} is not allowed; choose one of {shown}")
 
 
 def at_least(key: str, value: float | None, lowest: float) -> None:
-    if value is not None and value < lowest:
+    """Raises ConfigError naming `key` for a value below `lowest`, and for NaN; None passes."""
+    if value is not None and not value >= lowest:
         raise ConfigError(f"{key}={value} is too small; it must be at least {lowest}")
+
+
+def above(key: str, value: float, bound: float) -> None:
+    if not value > bound:
+        raise ConfigError(f"{key}={value} is too small; it must be above {bound}")
+
+
+def within(key: str, value: float, lowest: float, highest: float, *, below: bool = False) -> None:
+    """Raises ConfigError naming `key` unless `value` is in [lowest, highest], or [lowest, highest) with `below`."""
+    if not lowest <= value <= highest or (below and value == highest):
+        raise ConfigError(f"{key}={value} is not in [{lowest}, {highest}{')' if below else ']'}")
+
+
+def unset(key: str, value: object, default: object, why: str) -> None:
+    """Raises ConfigError naming `key` when a setting that nothing would read has been given a value."""
+    if value != default:
+        shown = "null" if default is None else default
+        raise ConfigError(f"{key}={value} would be ignored: {why}; leave it at {shown}")
 
 
 @dataclass
@@ -96,18 +117,26 @@ class DataConfig:
 
 
 @dataclass
-class SamplingConfig:
-    temperature: float = 1.0  # 0 is greedy
+class CompletionConfig:
+    """How rollouts are drawn; their temperature is the stage's. Evaluations share `max_new_tokens` only."""
+
     top_p: float = 1.0
     top_k: int = 0  # 0: off
     max_new_tokens: int = 32
 
 
 @dataclass
+class SamplingConfig(CompletionConfig):
+    """What an engine is asked for."""
+
+    temperature: float = 1.0  # 0 is greedy
+
+
+@dataclass
 class RolloutConfig:
     num_workers: int = 1
     num_slots: int = 64  # trajectories decoded at once by a worker
-    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    sampling: CompletionConfig = field(default_factory=CompletionConfig)
 
 
 @dataclass
@@ -163,7 +192,8 @@ class RuntimeConfig:
 
 @dataclass
 class StageConfig:
-    """One stretch of training: SFT of the base, SFT and GRPO of a specialist, or distillation."""
+    """One stretch of training: SFT of the base, SFT and GRPO of a specialist, or distillation. Demonstrations (base,
+    sft) are not sampled, so `group_size` and `temperature` belong to the other two."""
 
     steps: int = 100
     prompts_per_step: int = 64
@@ -172,7 +202,7 @@ class StageConfig:
     warmup_steps: int = 10  # linear, from a tenth
     decay_fraction: float = 0.0  # last share of the steps over which the rate falls linearly to a tenth
     temperature: float = 1.0  # of the rollouts
-    eval_every: int = 0  # steps between evaluations inside the run; 0: only at the end
+    eval_every: int = 0  # steps between evaluations inside the stage, the last step included; 0: none
     checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end
 
 
@@ -186,6 +216,7 @@ class GrpoConfig(StageConfig):
 @dataclass
 class DistillConfig(StageConfig):
     kl_temperature: float = 1.0  # tau: both logits are divided by it
+    hidden_dtype: str = "bfloat16"  # bfloat16 | float32: how the teachers' hidden states are stored and sent
 
 
 @dataclass
@@ -227,6 +258,25 @@ class Config:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
 
+def check_keys(values: Mapping[str, Any], record: Any, key: str = "") -> None:
+    """Raises ConfigError for a key of `values` (plain containers) that its dataclass `record` lacks.
+
+    YAML files and plain overrides cannot name one, but Hydra's +key=value adds whatever it is told to.
+    """
+    known = [entry.name for entry in fields(record)]
+    for name, value in values.items():
+        full = f"{key}.{name}" if key else name
+        if name not in known:
+            raise ConfigError(f"{full} is not a key; {key or 'the configuration'} has: {', '.join(known)}")
+        below = getattr(record, name)
+        if is_dataclass(below):
+            check_keys(value, below, full)
+        elif isinstance(below, dict):
+            for inner, child in below.items():
+                if is_dataclass(child):
+                    check_keys(value[inner], child, f"{full}.{inner}")
+
+
 def teacher_routes(config: Config) -> dict[str, tuple[tuple[str, float], ...]]:
     """Domain -> ((teacher, weight), ...). Raises ConfigError for a domain without a teacher or an unknown domain."""
     routes: dict[str, list[tuple[str, float]]] = {domain: [] for domain in config.data.domains}
@@ -244,7 +294,7 @@ def teacher_routes(config: Config) -> dict[str, tuple[tuple[str, float], ...]]:
                 routes[domain].append((name, weight))
     defaults = [name for name, teacher in config.teachers.items() if teacher.default]
     if len(defaults) > 1:
-        raise ConfigError(f"teachers.*.default is true for {', '.join(defaults)}; at most one teacher may be the default")
+        raise ConfigError(f"teachers.*.default is true for {', '.join(defaults)}; at most one may be the default")
     for domain, served_by in routes.items():
         if not served_by and defaults:
             served_by.append((defaults[0], 1.0))
@@ -257,90 +307,182 @@ def teacher_routes(config: Config) -> dict[str, tuple[tuple[str, float], ...]]:
 
 
 def check_config(config: Config) -> None:
-    """Raises ConfigError for settings that cannot work, whatever the command."""
+    """Raises ConfigError for settings that cannot work, or that would be ignored, whatever the command."""
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", config.run.name) or ".." in config.run.name:
         raise ConfigError(f"run.name={config.run.name!r} is not a folder name; use letters, digits, _ - . and /")
-    one_of("model.family", config.model.family, ("deepseek_v4", "hf"))
-    one_of("model.fp4", config.model.fp4, ("experts", "none"))
-    if config.model.family == "hf" and not config.model.path:
-        raise ConfigError("model.path is null; model.family=hf needs the folder or hub id of a checkpoint")
+    _check_model(config)
     if not config.data.domains:
         raise ConfigError("data.domains is empty; name at least one domain, for example data=[chain_sum]")
     for name, domain in config.data.domains.items():
-        key = f"data.domains.{name}"
-        one_of(f"{key}.source", domain.source, ("reasoning_gym", "rows"))
-        one_of(f"{key}.verifier", domain.verifier, (None, "task", "exact", "number", "choice"))
-        one_of(f"{key}.answer_format", domain.answer_format, ("plain", "tags", "boxed"))
-        one_of(f"{key}.effort", domain.effort, EFFORTS)
-        at_least(f"{key}.num_eval", domain.num_eval, 1)
-        at_least(f"{key}.num_train", domain.num_train, 1)
-        at_least(f"{key}.weight", domain.weight, 0)
-        if not 0.0 <= domain.eval_fraction < 1.0:
-            raise ConfigError(f"{key}.eval_fraction={domain.eval_fraction} is not in [0, 1)")
-        if domain.source == "reasoning_gym" and not domain.task:
-            raise ConfigError(f"{key}.task is null; source=reasoning_gym needs the name of a task")
-        if domain.source == "rows" and not domain.path:
-            raise ConfigError(f"{key}.path is null; source=rows needs a file or a hub id")
-        if domain.source == "rows" and domain.verifier == "task":
-            raise ConfigError(f"{key}.verifier=task belongs to source=reasoning_gym; choose exact, number or choice")
+        _check_name(f"data.domains.{name}", name)
+        _check_domain(f"data.domains.{name}", domain)
     if config.domain is not None:
         one_of("domain", config.domain, tuple(config.data.domains))
     for name, teacher in config.teachers.items():
+        _check_name(f"teachers.{name}", name)
         one_of(f"teachers.{name}.family", teacher.family, ("deepseek_v4", "hf"))
         one_of(f"teachers.{name}.residency", teacher.residency, ("host", "disk"))
-    one_of("learner.zero_stage", config.learner.zero_stage, (0, 1, 2))
-    one_of("learner.optimizer.name", config.learner.optimizer.name, ("muon", "adamw"))
-    one_of("runtime.kind", config.runtime.kind, ("ray", "local"))
-    one_of("runtime.device", config.runtime.device, ("auto", "cpu", "cuda"))
+    _check_rollout(config)
+    _check_learner(config.learner, config.model.max_tokens)
+    _check_runtime(config)
+    for stage in ("base", "sft", "grpo", "distill"):
+        _check_stage(f"stages.{stage}", getattr(config.stages, stage))
+    at_least("tokenizer.vocab_size", config.tokenizer.vocab_size, 300)
+    at_least("tokenizer.samples_per_domain", config.tokenizer.samples_per_domain, 1)
+    at_least("eval.samples", config.eval.samples, 0)
+    at_least("eval.inline_prompts", config.eval.inline_prompts, 1)
+    above("eval.temperature", config.eval.temperature, 0)
     one_of("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
-    if config.runtime.kind == "local" and config.learner.num_ranks != 1:
-        raise ConfigError(
-            f"learner.num_ranks={config.learner.num_ranks} needs one process per rank; use runtime=ray or num_ranks=1"
+
+
+def _check_name(key: str, name: str) -> None:
+    if not re.fullmatch(r"\w[\w.-]*", name):
+        raise ConfigError(f"{key}: {name!r} is part of folder and metric names; use letters, digits, _ - and .")
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    one_of("model.family", model.family, ("deepseek_v4", "hf"))
+    one_of("model.fp4", model.fp4, ("experts", "none"))
+    at_least("model.max_tokens", model.max_tokens, 2)
+    if model.family == "hf" and not model.path:
+        raise ConfigError("model.path is null; model.family=hf needs the folder or hub id of a checkpoint")
+    if model.family == "hf" and model.fp4 != "none":
+        raise ConfigError(f"model.fp4={model.fp4} needs model.family=deepseek_v4; with family=hf it must be none")
+
+
+def _check_domain(key: str, domain: DomainConfig) -> None:
+    one_of(f"{key}.source", domain.source, ("reasoning_gym", "rows"))
+    one_of(f"{key}.verifier", domain.verifier, (None, "task", "exact", "number", "choice"))
+    one_of(f"{key}.answer_format", domain.answer_format, ("plain", "tags", "boxed"))
+    one_of(f"{key}.effort", domain.effort, EFFORTS)
+    at_least(f"{key}.num_eval", domain.num_eval, 1)
+    at_least(f"{key}.num_train", domain.num_train, 1)
+    at_least(f"{key}.weight", domain.weight, 0)
+    within(f"{key}.eval_fraction", domain.eval_fraction, 0, 1, below=True)
+    others: tuple[tuple[str, object, object], ...]
+    if domain.source == "reasoning_gym":
+        if not domain.task:
+            raise ConfigError(f"{key}.task is null; source=reasoning_gym needs the name of a task")
+        others = (
+            ("path", domain.path, None),
+            ("eval_path", domain.eval_path, None),
+            ("columns", domain.columns, {}),
+            ("where", domain.where, None),
         )
-    for key, value, lowest in (
-        ("model.max_tokens", config.model.max_tokens, 2),
-        ("tokenizer.vocab_size", config.tokenizer.vocab_size, 300),
-        ("rollout.num_workers", config.rollout.num_workers, 1),
-        ("rollout.num_slots", config.rollout.num_slots, 1),
-        ("rollout.sampling.temperature", config.rollout.sampling.temperature, 0),
-        ("rollout.sampling.max_new_tokens", config.rollout.sampling.max_new_tokens, 1),
-        ("rollout.sampling.top_k", config.rollout.sampling.top_k, 0),
-        ("learner.num_ranks", config.learner.num_ranks, 1),
-        ("learner.micro_batch_tokens", config.learner.micro_batch_tokens, config.model.max_tokens),
-        ("learner.kl_tile_tokens", config.learner.kl_tile_tokens, 1),
-        ("learner.kl_tile_vocab", config.learner.kl_tile_vocab, 1),
-        ("learner.grad_clip", config.learner.grad_clip, 0),
-        ("runtime.actor_threads", config.runtime.actor_threads, 1),
-        ("runtime.num_teacher_hosts", config.runtime.num_teacher_hosts, 1),
-        ("runtime.num_cpus", config.runtime.num_cpus, 1),
-        ("runtime.object_store_gb", config.runtime.object_store_gb, 0.08),
-        ("runtime.cpus_per_actor", config.runtime.cpus_per_actor, 0),
-        ("eval.samples", config.eval.samples, 0),
-        ("eval.inline_prompts", config.eval.inline_prompts, 1),
-        ("stages.distill.kl_temperature", config.stages.distill.kl_temperature, 1e-3),
-    ):
-        at_least(key, value, lowest)
-    if not 0.0 < config.rollout.sampling.top_p <= 1.0:
-        raise ConfigError(f"rollout.sampling.top_p={config.rollout.sampling.top_p} is not in (0, 1]")
-    if config.rollout.sampling.max_new_tokens >= config.model.max_tokens:
+    else:
+        if not domain.path:
+            raise ConfigError(f"{key}.path is null; source=rows needs a file or a hub id")
+        if domain.verifier == "task":
+            raise ConfigError(f"{key}.verifier=task belongs to source=reasoning_gym; choose exact, number or choice")
+        others = (("task", domain.task, None), ("params", domain.params, {}))
+    for setting, value, default in others:
+        unset(f"{key}.{setting}", value, default, f"it does not belong to source={domain.source}")
+
+
+def _check_rollout(config: Config) -> None:
+    rollout, sampling = config.rollout, config.rollout.sampling
+    at_least("rollout.num_workers", rollout.num_workers, 1)
+    at_least("rollout.num_slots", rollout.num_slots, 1)
+    at_least("rollout.sampling.max_new_tokens", sampling.max_new_tokens, 1)
+    at_least("rollout.sampling.top_k", sampling.top_k, 0)
+    if not 0.0 < sampling.top_p <= 1.0:
+        raise ConfigError(f"rollout.sampling.top_p={sampling.top_p} is not in (0, 1]")
+    if sampling.max_new_tokens >= config.model.max_tokens:
         raise ConfigError(
-            f"rollout.sampling.max_new_tokens={config.rollout.sampling.max_new_tokens} leaves no room for a prompt in "
+            f"rollout.sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
             f"model.max_tokens={config.model.max_tokens}"
         )
-    for stage in ("base", "sft", "grpo", "distill"):
-        settings: StageConfig = getattr(config.stages, stage)
-        at_least(f"stages.{stage}.steps", settings.steps, 0)
-        at_least(f"stages.{stage}.prompts_per_step", settings.prompts_per_step, 1)
-        at_least(f"stages.{stage}.group_size", settings.group_size, 1)
-        at_least(f"stages.{stage}.learning_rate", settings.learning_rate, 0)
-    if config.stages.grpo.group_size < 2 and config.stages.grpo.steps > 0:
-        raise ConfigError(
-            f"stages.grpo.group_size={config.stages.grpo.group_size} gives every trajectory an advantage of zero; "
-            "it must be at least 2"
-        )
-    sampling = config.rollout.sampling
     if config.stages.grpo.steps > 0 and (sampling.top_p < 1.0 or sampling.top_k > 0):
         raise ConfigError(
-            "rollout.sampling.top_p and top_k must be off (1.0 and 0) when stages.grpo.steps > 0: GRPO's ratio compares "
-            "untruncated distributions"
+            f"rollout.sampling.top_p={sampling.top_p} and top_k={sampling.top_k} must be off (1.0 and 0) when "
+            "stages.grpo.steps > 0: GRPO's ratio compares untruncated distributions"
         )
+
+
+def _check_learner(learner: LearnerConfig, max_tokens: int) -> None:
+    optimizer = learner.optimizer
+    one_of("learner.zero_stage", learner.zero_stage, (0, 1, 2))
+    one_of("learner.optimizer.name", optimizer.name, ("muon", "adamw"))
+    for key, value, lowest in (
+        ("num_ranks", learner.num_ranks, 1),
+        ("micro_batch_tokens", learner.micro_batch_tokens, max_tokens),
+        ("grad_clip", learner.grad_clip, 0),
+        ("kl_tile_tokens", learner.kl_tile_tokens, 1),
+        ("kl_tile_vocab", learner.kl_tile_vocab, 1),
+        ("balance_loss", learner.balance_loss, 0),
+        ("balance_bias_speed", learner.balance_bias_speed, 0),
+        ("optimizer.weight_decay", optimizer.weight_decay, 0),
+    ):
+        at_least(f"learner.{key}", value, lowest)
+    within("learner.optimizer.momentum", optimizer.momentum, 0, 1, below=True)
+    if len(tuple(optimizer.betas)) != 2:  # types of YAML lists are checked by entry only
+        raise ConfigError(f"learner.optimizer.betas={list(optimizer.betas)} must have two entries")
+    for index, beta in enumerate(optimizer.betas):
+        within(f"learner.optimizer.betas[{index}]", beta, 0, 1, below=True)
+    above("learner.optimizer.eps", optimizer.eps, 0)
+    if learner.zero_stage > 0 and optimizer.name == "muon":
+        raise ConfigError(
+            f"learner.zero_stage={learner.zero_stage} with learner.optimizer.name=muon cannot work: ZeRO hands the "
+            "optimizer flat slices, Muon needs matrices; use zero_stage=0 or optimizer.name=adamw"
+        )
+
+
+def _check_runtime(config: Config) -> None:
+    runtime = config.runtime
+    one_of("runtime.kind", runtime.kind, ("ray", "local"))
+    one_of("runtime.device", runtime.device, ("auto", "cpu", "cuda"))
+    for key, lowest in (
+        ("actor_threads", 1),
+        ("num_teacher_hosts", 1),
+        ("num_cpus", 1),
+        ("object_store_gb", 0.08),
+        ("cpus_per_actor", 0),
+        ("gpus_per_worker", 0),
+        ("gpus_per_teacher", 0),
+        ("gpus_per_rank", 0),
+    ):
+        at_least(f"runtime.{key}", getattr(runtime, key), lowest)
+    above("runtime.timeout_seconds", runtime.timeout_seconds, 0)
+    if runtime.kind == "local":
+        if config.learner.num_ranks != 1:
+            raise ConfigError(
+                f"learner.num_ranks={config.learner.num_ranks} needs one process per rank; use runtime=ray or "
+                "num_ranks=1"
+            )
+        unset("runtime.address", runtime.address, None, "runtime.kind=local joins no cluster")
+
+
+def _check_stage(key: str, stage: StageConfig) -> None:
+    for setting, lowest in (
+        ("steps", 0),
+        ("prompts_per_step", 1),
+        ("group_size", 1),
+        ("learning_rate", 0),
+        ("warmup_steps", 0),
+        ("temperature", 0),
+        ("eval_every", 0),
+        ("checkpoint_every", 0),
+    ):
+        at_least(f"{key}.{setting}", getattr(stage, setting), lowest)
+    within(f"{key}.decay_fraction", stage.decay_fraction, 0, 1)
+    match stage:
+        case GrpoConfig():
+            above(f"{key}.clip", stage.clip, 0)
+            at_least(f"{key}.kl_coefficient", stage.kl_coefficient, 0)
+            if stage.steps > 0 and stage.group_size < 2:
+                raise ConfigError(
+                    f"{key}.group_size={stage.group_size} gives every trajectory an advantage of zero; it must be at "
+                    "least 2"
+                )
+            if stage.steps > 0 and stage.temperature == 0:
+                raise ConfigError(
+                    f"{key}.temperature={stage.temperature} cannot work: GRPO's ratio needs a sampling distribution; "
+                    "it must be above 0"
+                )
+        case DistillConfig():
+            above(f"{key}.kl_temperature", stage.kl_temperature, 0)
+            one_of(f"{key}.hidden_dtype", stage.hidden_dtype, ("bfloat16", "float32"))
+        case _:
+            for setting, default in (("group_size", 1), ("temperature", 1.0)):
+                unset(f"{key}.{setting}", getattr(stage, setting), default, "demonstrations are not sampled")

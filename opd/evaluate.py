@@ -1,4 +1,4 @@
-"""How good a policy is: pass@1 and pass@k per domain, on held-out prompts, through the FP4 rollout path it is served by.
+"""How good a policy is: pass@1 and pass@k per domain, on held-out prompts, through the FP4 path it is served by.
 
 `measure` asks one fleet about one set of weights; `compare` asks about base, every teacher and the student, and makes
 the summary that the report, the table and the exit message read.
@@ -147,7 +147,7 @@ def compare(
         served = {domain: domains[domain] for domain in domains if teacher_of[domain] == name}
         jobs.append((f"teacher {name}", _teacher_model(config.model, config.teachers[name]), served))
     scores: dict[str, dict[str, Score]] = {}
-    for (title, model, served), fleet, version in _with_fleets(config, runtime, chat, jobs, device):
+    for (title, _, served), fleet, version in _with_fleets(config, runtime, chat, jobs, device):
         log.info("evaluating %s on %s", title, ", ".join(served))
         scores[title] = measure(
             fleet,
@@ -192,8 +192,15 @@ def summarize(config: Config, rows: dict[str, dict[str, Any]], prompts_per_domai
         "versions": {name: importlib.metadata.version(name) for name in ("opd", "torch", "transformers", "deepspeed")},
     }
     summary["findings"] = [
-        {"rule": f.rule, "severity": f.severity, "message": f.message, "step": None, "stage": "evaluate"}
-        for f in check_recovery(summary)
+        {
+            "rule": finding.rule,
+            "severity": finding.severity,
+            "subject": finding.subject,
+            "message": finding.message,
+            "step": None,
+            "stage": "evaluate",
+        }
+        for finding in check_recovery(summary)
     ]
     return summary
 
@@ -248,5 +255,3 @@ def architecture(model: ModelConfig) -> str:
     for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
         fields.pop(key, None)
     return json.dumps([model.family, fields], sort_keys=True, default=str)
-
-

@@ -375,26 +375,36 @@ class Learner:
                 held = micro_batch.teacher
                 head = self._fetch_head(heads[held])
                 stats.head_loads += 1
-            work = self._work(micro_batch, head, plan) if micro_batch.items else None
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss, outcome = self._engine(work)
-            if work is not None and outcome is not None:
-                load += outcome.expert_load
-                self._record(stats, micro_batch, work, outcome, plan)
-                if not math.isfinite(loss.item()):
-                    names = ", ".join(item.trajectory.id for item in micro_batch.items[:4])
-                    problems.append(
-                        f"the loss of a micro-batch of {len(micro_batch.items)} trajectories ({names}"
-                        f"{', ...' if len(micro_batch.items) > 4 else ''}; teacher {held or 'none'}) is {loss.item()}"
-                    )
-                    loss = loss * math.nan  # so that all ranks see it in the norm of the gradient
-            self._engine.backward(loss)
-        del head
+            if micro_batch.items:
+                load += self._learn_from(micro_batch, head, plan, stats, problems)
+            else:
+                loss, _ = self._engine(None)  # the collectives of the other ranks need their partner
+                self._engine.backward(loss)
+        head = None
         self._update(stats, load, problems)
         self._step += 1
         stats.num_skipped_steps = self._num_skipped
         stats.seconds = time.perf_counter() - started
         return stats
+
+    def _learn_from(
+        self, micro_batch: MicroBatch, head: Tensor | None, plan: Plan, stats: StepStats, problems: list[str]
+    ) -> Tensor:
+        """Forward, backward and numbers of one micro-batch; returns its expert load. Holds on to nothing."""
+        work = self._work(micro_batch, head, plan)
+        loss, outcome = self._engine(work)
+        self._record(stats, micro_batch, work, outcome, plan)
+        if not math.isfinite(loss.item()):
+            names = [item.trajectory.id for item in micro_batch.items]
+            shown = ", ".join(names[:4]) + (", ..." if len(names) > 4 else "")
+            problems.append(
+                f"the loss of a micro-batch of {len(names)} trajectories ({shown}; teacher "
+                f"{micro_batch.teacher or 'none'}) is {loss.item()}"
+            )
+            loss = loss * math.nan  # so that all ranks see it in the norm of the gradient
+        self._engine.backward(loss)
+        return outcome.expert_load.to(self.settings.device)
 
     def snapshot(self, policy_version: int) -> WeightSnapshot:
         """A copy of the policy's weights on the CPU, experts packed as MXFP4 if `model.fp4` says so."""
@@ -447,9 +457,8 @@ class Learner:
 
         own = state / f"rank_{settings.rank}.safetensors"
         owner = own if settings.learner.zero_stage > 0 else state / "rank_0.safetensors"
-        for path in (own, owner):
-            if not path.is_file() and path == owner:
-                raise ConfigError(f"{path} does not exist; the checkpoint is not complete")
+        if not owner.is_file():
+            raise ConfigError(f"{owner} does not exist; the checkpoint is not complete")
         values: dict[int, dict[str, Tensor]] = {}
         for key, tensor in load_file(owner).items():
             if key.startswith("optimizer/"):

@@ -2,14 +2,16 @@
 
 A run is one folder, `<run.root>/<run.name>`:
 
-    config.yaml  summary.json  report.html
+    config.yaml                     of the command that wrote here last
+    summary.json  report.html
     tokenizer/                      unless the model brings its own
     base/                           the common start: init/hf and a stage's folder
     specialists/<domain>/{sft,grpo} two stage folders, and hf, which is the teacher
     student/                        the distilled model's stage folder
     <stage>/metrics.jsonl findings.jsonl wandb/ hf checkpoints/step_<n>/{hf,state}
 
-Every command reads what earlier ones left there, so a pipeline can be run at once or piece by piece.
+Every command reads what earlier ones left there, so a pipeline can be run at once or piece by piece. A command checks
+first and writes afterwards: one that is refused leaves the folder as it was.
 """
 
 from __future__ import annotations
@@ -22,11 +24,12 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, TextIO
 
 import psutil
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from opd.actors import Runtime
 from opd.chat import Chat, tokenizer_difference, train_tokenizer
@@ -44,16 +47,22 @@ log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def open_run(config: Config, resolved: dict[str, Any]) -> Iterator[None]:
-    """Takes the run's folder for this process and records the configuration there.
+def open_run(config: Config) -> Iterator[None]:
+    """Takes the run's folder for this process. A folder that is made here and stays empty is removed at the end.
 
-    Raises ConfigError when another process works in it, or when the folder cannot be written.
+    Raises ConfigError when another process works in it, when it cannot be written, and for a missing device.
     """
+    pick_device(config)
+    made: list[str] = []
+    folder = os.path.abspath(config.run.dir)
+    while not os.path.lexists(folder):
+        made.append(folder)
+        folder = os.path.dirname(folder)
     try:
         os.makedirs(config.run.dir, exist_ok=True)
         lock: TextIO = open(os.path.join(config.run.dir, ".lock"), "a+", encoding="ascii")  # noqa: SIM115
     except OSError as error:
-        raise ConfigError(f"run.root={config.run.root}: the folder {config.run.dir} cannot be written: {error}") from error
+        raise ConfigError(f"run.root={config.run.root}: {config.run.dir} cannot be written: {error}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,29 +76,30 @@ def open_run(config: Config, resolved: dict[str, Any]) -> Iterator[None]:
         lock.truncate()
         lock.write(str(os.getpid()))
         lock.flush()
-        with open(os.path.join(config.run.dir, "config.yaml"), "w", encoding="utf-8") as file:
-            yaml.safe_dump(resolved, file, sort_keys=False)
-        yield
+        try:
+            yield
+        finally:
+            if made and os.listdir(config.run.dir) == [".lock"]:
+                os.unlink(lock.name)
+                for folder in made:
+                    os.rmdir(folder)
 
 
-def student_chat(config: Config, *, create: bool = True) -> Chat:
-    """The student's tokenizer: the one named, the one beside the model, or the run's own, trained when first needed."""
-    own = config.model.tokenizer or config.model.path
-    if own:
-        return Chat.load(own, config.model.revision)
-    folder = os.path.join(config.run.dir, "tokenizer")
+def student_chat(config: Config) -> Chat:
+    """The student's tokenizer: the one named, the one beside the model, or the run's own."""
+    named = config.model.tokenizer or config.model.path
+    if named:
+        return Chat.load(named, config.model.revision)
+    folder = _tokenizer_path(config)
     if not os.path.isdir(folder):
-        if not create:
-            raise ConfigError(f"model.tokenizer is null and {folder} does not exist; run `opd tokenizer` first")
-        log.info("training a byte-level BPE of %d entries", config.tokenizer.vocab_size)
-        texts = domain_texts(config, config.tokenizer.samples_per_domain)
-        Chat(train_tokenizer(texts, config.tokenizer.vocab_size)).save(folder)
+        raise ConfigError(f"model.tokenizer is null and {folder} does not exist; run `opd base` first")
     return Chat.load(folder)
 
 
 def base_path(config: Config) -> str:
-    """The weights that specialists and student start from."""
-    return config.model.path or os.path.join(config.run.dir, "base", "hf")
+    """The weights that specialists and student start from: what `opd base` made in this run, or else `model.path`."""
+    made = os.path.join(config.run.dir, "base", "hf")
+    return made if os.path.exists(made) or config.model.path is None else config.model.path
 
 
 def student_path(config: Config) -> str:
@@ -97,28 +107,43 @@ def student_path(config: Config) -> str:
 
 
 def run_tokenizer(config: Config) -> None:
-    chat = student_chat(config)
-    log.info("%d entries, in %s", chat.vocab_size, config.model.tokenizer or os.path.join(config.run.dir, "tokenizer"))
+    """Trains the run's own tokenizer. Raises ConfigError when the model brings one, and for an earlier one that may not
+    be overwritten."""
+    if named := config.model.tokenizer or config.model.path:
+        raise ConfigError(f"model.tokenizer or model.path is set: the tokenizer is the one of {named}")
+    _refuse_existing(config, "tokenizer")
+    chat = _trained_chat(config)
+    chat.save(_fresh(config, "tokenizer"))
+    log.info("%d entries, in %s", chat.vocab_size, _tokenizer_path(config))
 
 
 def run_base(config: Config, runtime: Runtime) -> None:
     """The common start: a fresh model (or `model.path`) and a short SFT on all domains."""
-    folder = _fresh(config, "base")
-    chat = student_chat(config)
+    _refuse_existing(config, "base")
+    is_own = not (config.model.tokenizer or config.model.path)
+    is_new = is_own and (config.run.overwrite or not os.path.isdir(_tokenizer_path(config)))
+    chat = _trained_chat(config) if is_new else student_chat(config)
     domains = load_domains(config, chat)
-    start = config.model.path
-    if start is None:
+    start = config.model.path and _existing(config.model.path, config.model.revision)
+    model = None if start else new_v4(config.model, chat.vocab_size, config.seed)
+    folder = _fresh(config, "base")
+    if is_new:
+        chat.save(_fresh(config, "tokenizer"))
+    if model is not None:
         start = os.path.join(folder, "init", "hf")
-        save_checkpoint(start, new_v4(config.model, chat.vocab_size, config.seed), chat)
+        save_checkpoint(start, model, chat)
+    assert start is not None
     _stage(config, "base", start, folder, domains, chat, runtime)
 
 
 def run_specialist(config: Config, runtime: Runtime, domain: str) -> None:
     """SFT, then GRPO, on one domain; `specialists/<domain>/hf` is the teacher."""
-    folder = _fresh(config, os.path.join("specialists", domain))
+    name = os.path.join("specialists", domain)
+    _refuse_existing(config, name)
+    start = _existing(base_path(config), config.model.revision, "run `opd base` first, or set model.path")
     chat = student_chat(config)
     domains = load_domains(config, chat, [domain])
-    start = _existing(base_path(config), "run `opd base` first, or set model.path")
+    folder = _fresh(config, name)
     for stage in ("sft", "grpo"):
         start = _stage(config, stage, start, os.path.join(folder, stage), domains, chat, runtime)
     os.symlink(os.path.join("grpo", "hf"), os.path.join(folder, "hf"))
@@ -126,29 +151,21 @@ def run_specialist(config: Config, runtime: Runtime, domain: str) -> None:
 
 def run_distill(config: Config, runtime: Runtime) -> None:
     """All teachers into one student, on-policy."""
-    for line in check(config):
+    _refuse_existing(config, "student")
+    chat, domains, lines = _survey(config)
+    for line in lines:
         log.info("%s", line)
-    folder = _fresh(config, "student")
-    chat = student_chat(config)
-    domains = load_domains(config, chat)
-    start = _existing(base_path(config), "run `opd base` first, or set model.path")
-    _stage(config, "distill", start, folder, domains, chat, runtime)
+    _stage(config, "distill", base_path(config), _fresh(config, "student"), domains, chat, runtime)
 
 
 def run_evaluate(config: Config, runtime: Runtime) -> dict[str, Any]:
     """Base, teachers and student on held-out prompts; writes summary.json and report.html."""
-    chat = student_chat(config, create=False)
-    domains = load_domains(config, chat)
-    check_teachers(chat, _vocab_size(config, chat), config.teachers)
+    student = _existing(student_path(config), None, "run `opd distill` first")
+    chat, domains, _ = _survey(config)
+    _record(config)
     started = time.perf_counter()
     summary = compare(
-        config,
-        runtime,
-        chat,
-        domains,
-        base=_existing(base_path(config), "run `opd base` first, or set model.path"),
-        student=_existing(student_path(config), "run `opd distill` first"),
-        device=pick_device(config),
+        config, runtime, chat, domains, base=base_path(config), student=student, device=pick_device(config)
     )
     summary["findings"] = _findings(config.run.dir) + summary["findings"]
     summary["seconds"] = _seconds(config.run.dir) | {"evaluate": round(time.perf_counter() - started, 1)}
@@ -160,7 +177,15 @@ def run_evaluate(config: Config, runtime: Runtime) -> dict[str, Any]:
 
 
 def run_quickstart(config: Config, runtime: Runtime) -> dict[str, Any]:
-    """The whole chain, and how to repeat each link of it."""
+    """The whole chain, and how to repeat each link of it. What is known to fail later is refused at the start."""
+    specialists = {domain: os.path.join("specialists", domain) for domain in config.data.domains}
+    for name in ("base", *specialists.values(), "student"):
+        _refuse_existing(config, name)
+    teacher_routes(config)
+    made = {os.path.abspath(os.path.join(config.run.dir, name, "hf")) for name in specialists.values()}
+    for name, teacher in config.teachers.items():
+        if os.path.abspath(teacher.path) not in made:
+            _existing(teacher.path, teacher.revision, f"it is teachers.{name}.path, and no specialist of this run")
     total = 3 + len(config.data.domains)
 
     def announce(number: int, command: str, what: str) -> None:
@@ -179,11 +204,18 @@ def run_quickstart(config: Config, runtime: Runtime) -> dict[str, Any]:
 
 def check(config: Config) -> list[str]:
     """What `opd distill` would do, line by line: routing, memory; raises ConfigError for what cannot work."""
+    return _survey(config)[2]
+
+
+def _survey(config: Config) -> tuple[Chat, dict[str, Domain], list[str]]:
+    """The student's tokenizer, the domains, and the lines of `check`."""
     routes = teacher_routes(config)
-    chat = student_chat(config, create=False)
-    vocab_size = _vocab_size(config, chat)
+    path = _existing(base_path(config), config.model.revision, "run `opd base` first, or set model.path")
+    chat = student_chat(config)
+    vocab_size = int(load_model_config(path, config.model.revision).get_text_config().vocab_size)
     teachers = check_teachers(chat, vocab_size, config.teachers)
-    path = _existing(base_path(config), "run `opd base` first, or set model.path")
+    for name, teacher in config.teachers.items():
+        _existing(teacher.path, teacher.revision, f"it is teachers.{name}.path")
     if difference := tokenizer_difference(chat, Chat.load(path, config.model.revision)):
         raise ConfigError(f"model.tokenizer and the tokenizer beside {path} differ: {difference}")
     domains = load_domains(config, chat)
@@ -193,11 +225,11 @@ def check(config: Config) -> list[str]:
         served = ", ".join(f"{teacher} ({weight:g})" for teacher, weight in routes[name])
         lines.append(f"  {name:<{width}}  {domain.train_size:<8}  {len(domain.eval):<8}  {served}")
     lines += ["teachers:", *(f"  {line}" for line in teachers)]
-    return lines + memory_estimate(config)
+    return chat, domains, lines + memory_estimate(config)
 
 
 def memory_estimate(config: Config) -> list[str]:
-    """Bytes each kind of actor holds, from the checkpoints' own sizes; a warning line when the sum exceeds the machine."""
+    """Bytes each kind of actor holds, from the checkpoints' own sizes; a warning line when they exceed the machine."""
     student = _weight_bytes(base_path(config), config.model.revision)
     per_parameter = 16 if config.learner.optimizer.name == "adamw" else 12  # master, gradient, one or two moments
     shards = config.learner.num_ranks if config.learner.zero_stage else 1
@@ -238,31 +270,54 @@ def _stage(
     return end
 
 
-def _fresh(config: Config, name: str) -> str:
-    """The folder of a stage, empty. Raises ConfigError when it holds an earlier run and run.overwrite is false."""
+def _tokenizer_path(config: Config) -> str:
+    return os.path.join(config.run.dir, "tokenizer")
+
+
+def _trained_chat(config: Config) -> Chat:
+    log.info("training a byte-level BPE of %d entries", config.tokenizer.vocab_size)
+    texts = domain_texts(config, config.tokenizer.samples_per_domain)
+    return Chat(train_tokenizer(texts, config.tokenizer.vocab_size))
+
+
+def _refuse_existing(config: Config, name: str) -> None:
+    """Raises ConfigError when a folder of the run holds an earlier one and run.overwrite is false."""
     folder = os.path.join(config.run.dir, name)
-    if os.path.isdir(folder) and os.listdir(folder):
-        if not config.run.overwrite:
-            raise ConfigError(
-                f"run.name={config.run.name}: {folder} already holds a run; choose another run.name, or replace it with "
-                "run.overwrite=true"
-            )
-        clear(folder)
-    os.makedirs(folder, exist_ok=True)
+    if not config.run.overwrite and os.path.isdir(folder) and os.listdir(folder):
+        raise ConfigError(
+            f"run.name={config.run.name}: {folder} already holds a run; choose another run.name, or replace it with "
+            "run.overwrite=true"
+        )
+
+
+def _fresh(config: Config, name: str) -> str:
+    """The folder of a stage, empty, and the configuration on record: from here on the command writes."""
+    folder = os.path.join(config.run.dir, name)
+    clear(folder)
+    os.makedirs(folder)
+    _record(config)
     return folder
 
 
-def _existing(path: str, otherwise: str) -> str:
+def _record(config: Config) -> None:
+    with open(os.path.join(config.run.dir, "config.yaml"), "w", encoding="utf-8") as file:
+        yaml.safe_dump(asdict(config), file, sort_keys=False)
+
+
+def _existing(path: str, revision: str | None, otherwise: str = "") -> str:
+    """The path of a checkpoint whose weights are all there; else ConfigError, with what to do in its message."""
     try:
-        resolve_checkpoint(path)
+        folder = resolve_checkpoint(path, revision)
+        for name in sorted(os.listdir(folder)):
+            if name.endswith(".safetensors"):
+                try:
+                    with safe_open(folder / name, framework="pt"):
+                        pass
+                except SafetensorError as error:
+                    raise ConfigError(f"{folder / name} is not a complete safetensors file: {error}") from None
     except ConfigError as error:
-        raise ConfigError(f"{error}; {otherwise}") from None
+        raise ConfigError(f"{error}; {otherwise}" if otherwise else str(error)) from None
     return path
-
-
-def _vocab_size(config: Config, chat: Chat) -> int:
-    path = base_path(config)
-    return int(load_model_config(path, config.model.revision).vocab_size) if os.path.exists(path) else chat.vocab_size
 
 
 def _findings(run_dir: str) -> list[dict[str, Any]]:
@@ -294,5 +349,3 @@ def _weight_bytes(path: str, revision: str | None) -> int:
 def _size(num_bytes: float) -> str:
     power = min(int(math.log(max(num_bytes, 1), 1024)), 4)
     return f"{num_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
-
-

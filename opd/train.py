@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
+
 from opd.actors import Runtime
 from opd.batching import Plan, plan
 from opd.chat import Chat
@@ -134,7 +136,7 @@ def _act(
     if stage not in SAMPLES:
         return [Group(prompt=p, trajectories=(domains[p.domain].demonstration(p),)) for p in prompts]
     assert crew.fleet is not None
-    sampling = replace(config.rollout.sampling, temperature=settings.temperature)
+    sampling = SamplingConfig(**asdict(config.rollout.sampling), temperature=settings.temperature)
     return crew.fleet.generate(prompts, settings.group_size, sampling, version=step, tag=f"{stage}/{step}")
 
 
@@ -216,6 +218,7 @@ def _hire(config: Config, stage: str, start: str, chat: Chat, runtime: Runtime) 
                 threads=config.runtime.actor_threads,
                 device=device,
                 micro_batch_tokens=config.learner.micro_batch_tokens,
+                hidden_dtype=torch.float32 if config.stages.distill.hidden_dtype == "float32" else torch.bfloat16,
                 name=f"teacher host {host}",
                 num_gpus=config.runtime.gpus_per_teacher,
             )
@@ -227,9 +230,7 @@ def _hire(config: Config, stage: str, start: str, chat: Chat, runtime: Runtime) 
 
 
 def pick_device(config: Config) -> str:
-    """cuda when it was asked for, or is there and the run is allowed to choose. Raises ConfigError when it is not there."""
-    import torch
-
+    """cuda when it was asked for, or is there and the run may choose. Raises ConfigError when it is not there."""
     available = torch.cuda.is_available()
     if config.runtime.device == "cuda" and not available:
         raise ConfigError("runtime.device=cuda, but no CUDA device is available; choose auto or cpu")
@@ -274,6 +275,7 @@ def _report(health: Health, step: int, stage: str, values: Mapping[str, float], 
         line = {
             "rule": finding.rule,
             "severity": finding.severity,
+            "subject": finding.subject,
             "message": finding.message,
             "step": step,
             "stage": stage,

@@ -1,8 +1,8 @@
-"""Continuous batching for the V4 student: requests join and leave a fixed set of slots at every decoding step.
+"""Continuous batching for the V4 student: requests join and leave a fixed set of slots between two decoding steps.
 
 One prompt is read once: the samples of its group get a copy of its cache. The decoding path is tensors over the active
-slots; Python touches a request when it is admitted and when it is finished, not for every token. Results do not
-depend on the number of slots or on the order of requests, except for floating-point rounding in the logits.
+slots; Python touches a request when it is admitted and when it has ended, not for every token. Results do not depend
+on the number of slots or on the order of requests, except for floating-point rounding in the logits.
 
 Consumes requests, produces trajectories in the order of the requests, waits for nobody. Left out: preemption and the
 write-ahead log; the cache is a contiguous block per slot.
@@ -23,11 +23,12 @@ from opd.types import FinishReason, Trajectory, VersionSpan
 from rollout.sampling import sample, trajectory_key
 
 PREFILL_TOKENS = 8192  # padded prompt tokens read in one call
+REFILL_SHARE = 4  # requests join when one slot in so many is free: reading one prompt costs nearly a decoding step
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
 class Request:
-    """One trajectory to produce. Requests with the same `prompt_id` must have the same tokens and be neighbours."""
+    """One trajectory to produce. Neighbours with the same tokens share one reading of their prompt."""
 
     trajectory_id: str
     prompt_id: str
@@ -35,23 +36,29 @@ class Request:
     token_ids: tuple[int, ...]
 
 
+def check_prompts(requests: Sequence[Request], max_tokens: int) -> None:
+    """Raises ValueError for an empty prompt and for one that leaves no room for a token."""
+    for request in requests:
+        if not 1 <= len(request.token_ids) < max_tokens:
+            raise ValueError(
+                f"prompt {request.prompt_id} has {len(request.token_ids)} tokens; the engine takes 1 to "
+                f"{max_tokens - 1}"
+            )
+
+
 def finished(
-    request: Request, token_ids: np.ndarray, logprobs: np.ndarray, version: int, reason: FinishReason
+    request: Request, sampled: np.ndarray, logprobs: np.ndarray, version: int, reason: FinishReason
 ) -> Trajectory:
-    """The record of a completed request: `token_ids` [T] whole, `logprobs` [S] of the sampled tail."""
-    start = len(request.token_ids)
-    mask = np.zeros(len(token_ids), dtype=bool)
-    mask[start:] = True
-    all_logprobs = np.zeros(len(token_ids), dtype=np.float32)
-    all_logprobs[start:] = logprobs
+    """The record of a completed request: `sampled` ids [S] and their `logprobs` [S]."""
+    prompt = len(request.token_ids)
     return Trajectory(
         id=request.trajectory_id,
         prompt_id=request.prompt_id,
         domain=request.domain,
-        token_ids=token_ids.astype(np.int32),
-        loss_mask=mask,
-        sampler_logprobs=all_logprobs,
-        version_spans=(VersionSpan(start=start, policy_version=version),),
+        token_ids=np.concatenate((request.token_ids, sampled)).astype(np.int32),
+        loss_mask=np.arange(prompt + len(sampled)) >= prompt,
+        sampler_logprobs=np.concatenate((np.zeros(prompt), logprobs)).astype(np.float32),
+        version_spans=(VersionSpan(start=prompt, policy_version=version),),
         finish_reason=reason,
     )
 
@@ -59,107 +66,116 @@ def finished(
 class V4Engine:
     """Samples from a `DeepseekV4`, whose weights may be replaced between two calls of `generate`."""
 
-    def __init__(self, model: DeepseekV4, *, num_slots: int, max_tokens: int, stop_ids: Sequence[int], seed: int):
-        device = model.head.device
+    def __init__(
+        self, model: DeepseekV4, *, num_slots: int, max_tokens: int, stop_ids: Sequence[int], seed: int
+    ) -> None:
+        """`max_tokens` of prompt and completion together; `stop_ids` end a completion and are part of it."""
+        device, width = model.head.device, model.head.shape[1]
         self.model, self.num_slots, self.max_tokens, self.seed = model.eval(), num_slots, max_tokens, seed
-        self.cache = model.new_cache(num_slots, max_tokens)
-        self.stop_ids = torch.tensor(sorted(stop_ids), device=device)
+        # The slot after the last belongs to no request: it keeps the prompt of a group that waits for more slots.
+        self.shelf = num_slots
+        self.cache = model.new_cache(num_slots + 1, max_tokens)
+        self.prompt_hidden = torch.zeros(num_slots + 1, width, dtype=model.head.dtype, device=device)
+        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)  # tokens in the cache
         self.limits = torch.zeros_like(self.lengths)  # tokens a finished trajectory may have at most
         self.keys = torch.zeros_like(self.lengths)  # noise stream of the slot's trajectory
         self.tokens = torch.zeros(num_slots, max_tokens, dtype=torch.int64, device=device)
         self.logprobs = torch.zeros(num_slots, max_tokens, dtype=torch.float32, device=device)
-        self.prefilled_tokens = 0  # prompt tokens read by the last call, repeats not counted
+        self.prefilled_tokens = 0  # prompt tokens read by the last call, shared ones counted once
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], sampling: SamplingConfig, policy_version: int) -> list[Trajectory]:
         """One trajectory per request, in their order.
 
-        Raises ValueError for a prompt that leaves no room for a token.
+        Raises ValueError for a prompt that leaves no room for a token and for weights that give logits which are not
+        finite.
         """
-        for request in requests:
-            if not 1 <= len(request.token_ids) < self.max_tokens:
-                raise ValueError(
-                    f"prompt {request.prompt_id} has {len(request.token_ids)} tokens; the engine takes 1 to "
-                    f"{self.max_tokens - 1}"
-                )
+        check_prompts(requests, self.max_tokens)
         self.prefilled_tokens = 0
-        results: list[Trajectory | None] = [None] * len(requests)
-        occupant = [-1] * self.num_slots  # slot -> index of its request
-        free = list(range(self.num_slots - 1, -1, -1))
-        waiting = 0
+        results: dict[int, Trajectory] = {}
+        occupants: dict[int, int] = {}  # slot -> index of its request
+        free = list(range(self.num_slots))
         active = self.lengths.new_empty(0)
-        while waiting < len(requests) or len(free) < self.num_slots:
-            if free and waiting < len(requests):
-                count = min(len(free), len(requests) - waiting)
-                slots = [free.pop() for _ in range(count)]
-                admitted = range(waiting, waiting + count)
-                for slot, index in zip(slots, admitted, strict=True):
-                    occupant[slot] = index
-                waiting += count
-                self._admit(slots, [requests[index] for index in admitted], sampling)
-                stepped = torch.tensor(slots, device=self.lengths.device)
-                active = torch.cat((active, stepped))
+        waiting = 0
+        while len(results) < len(requests):
+            left = len(requests) - waiting
+            if left and (not occupants or len(free) >= min(left, max(1, self.num_slots // REFILL_SHARE))):
+                slots, free = free[:left], free[left:]
+                occupants.update(zip(slots, range(waiting, waiting + len(slots)), strict=True))
+                admitted = self._admit(requests, waiting, slots, sampling)
+                waiting += len(slots)
+                going, ended = self._split(admitted)
+                active = torch.cat((active, going))
             else:
-                stepped = active
-                self._decode(stepped, sampling)
-            ended = self._ended(stepped)
+                self._decode(active, sampling)
+                active, ended = self._split(active)
             for slot, reason in ended:
-                results[occupant[slot]] = self._collect(slot, requests[occupant[slot]], policy_version, reason)
-                occupant[slot] = -1
+                index = occupants.pop(slot)
+                results[index] = self._collect(slot, requests[index], policy_version, reason)
                 free.append(slot)
-            if ended:
-                active = active[~torch.isin(active, active.new_tensor([slot for slot, _ in ended]))]
-        return [result for result in results if result is not None]
+        return [results[index] for index in range(len(requests))]
 
-    def _admit(self, slots: list[int], requests: list[Request], sampling: SamplingConfig) -> None:
-        """Reads each distinct prompt once, hands its cache to the samples that share it, draws their first tokens."""
-        device = self.lengths.device
-        firsts: list[int] = []  # index of each distinct prompt's first request
-        owner: list[int] = []  # request -> index into firsts
-        for i, request in enumerate(requests):
-            if i == 0 or request.prompt_id != requests[i - 1].prompt_id:
-                firsts.append(i)
-            owner.append(len(firsts) - 1)
-        last_hidden = []
-        longest = max(len(request.token_ids) for request in requests)
-        rows = max(1, PREFILL_TOKENS // longest)
-        for begin in range(0, len(firsts), rows):
-            chunk = firsts[begin : begin + rows]
-            lengths = torch.tensor([len(requests[i].token_ids) for i in chunk], device=device)
-            width = int(lengths.max())
-            token_ids = torch.zeros(len(chunk), width, dtype=torch.int64, device=device)
-            for row, i in enumerate(chunk):
-                token_ids[row, : lengths[row]] = torch.tensor(requests[i].token_ids, device=device)
-            at = Extension(
-                torch.tensor([slots[i] for i in chunk], device=device),
-                torch.zeros_like(lengths),
-                lengths,
-                torch.arange(width, device=device).expand(len(chunk), -1),
-                width,
-            )
-            hidden = self.model.extend(token_ids, self.cache, at)
-            last_hidden.append(hidden[torch.arange(len(chunk), device=device), lengths - 1])
-            self.tokens[at.slots, :width] = token_ids
-            self.prefilled_tokens += int(lengths.sum())
-        copies = [(slots[firsts[owner[i]]], slots[i]) for i in range(len(requests)) if firsts[owner[i]] != i]
-        if copies:
-            source, destination = torch.tensor(copies, device=device).T
-            self.cache.copy(source, destination)
-            self.tokens[destination] = self.tokens[source]
-        at_slots = torch.tensor(slots, device=device)
-        prompt_tokens = torch.tensor([len(request.token_ids) for request in requests], device=device)
-        self.lengths[at_slots] = prompt_tokens
-        self.limits[at_slots] = (prompt_tokens + sampling.max_new_tokens).clamp(max=self.max_tokens)
-        self.keys[at_slots] = torch.tensor([trajectory_key(r.trajectory_id, self.seed) for r in requests], device=device)
-        self._draw(at_slots, torch.cat(last_hidden)[torch.tensor(owner, device=device)], sampling)
+    def _admit(
+        self, requests: Sequence[Request], begin: int, slots: list[int], sampling: SamplingConfig
+    ) -> torch.Tensor:
+        """Seats requests[begin : begin + len(slots)] and draws their first tokens; returns the slots as a tensor.
+
+        A prompt is read by the first of the neighbours that share it, which the others copy. If the group goes on
+        behind the last slot, its prompt stays on the shelf for the next call.
+        """
+        device, end = self.lengths.device, begin + len(slots)
+        admitted = requests[begin:end]
+        num_tokens = [len(request.token_ids) for request in admitted]
+        prompts = np.zeros((len(slots), max(num_tokens)), dtype=np.int64)
+        readers: list[int] = []
+        sources: list[int] = []  # the slot that holds each one's prompt
+        for row, request in enumerate(admitted):
+            prompts[row, : num_tokens[row]] = request.token_ids
+            if begin + row and request.token_ids == requests[begin + row - 1].token_ids:
+                sources.append(sources[-1] if row else self.shelf)
+            else:
+                readers.append(row)
+                sources.append(slots[row])
+        at_slots, source, lengths, token_ids = (
+            torch.as_tensor(values, device=device) for values in (slots, sources, num_tokens, prompts)
+        )
+        if readers:
+            rows = torch.tensor(readers, device=device)
+            self._prefill(at_slots[rows], token_ids[rows], lengths[rows])
+            self.prefilled_tokens += sum(num_tokens[row] for row in readers)
+        copied = source != at_slots
+        self.cache.copy(source[copied], at_slots[copied])
+        hidden = self.prompt_hidden[source]
+        if end < len(requests) and sources[-1] != self.shelf and admitted[-1].token_ids == requests[end].token_ids:
+            self.cache.copy(source[-1:], torch.tensor([self.shelf], device=device))
+            self.prompt_hidden[self.shelf] = hidden[-1]
+        self.tokens[at_slots, : token_ids.shape[1]] = token_ids
+        self.lengths[at_slots] = lengths
+        self.limits[at_slots] = (lengths + sampling.max_new_tokens).clamp(max=self.max_tokens)
+        self.keys[at_slots] = torch.tensor(
+            [trajectory_key(request.trajectory_id, self.seed) for request in admitted], device=device
+        )
+        self._draw(at_slots, hidden, sampling)
+        return at_slots
+
+    def _prefill(self, slots: torch.Tensor, token_ids: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Reads right-padded prompts [B, T] into their slots' caches and keeps their last hidden state."""
+        for begin in range(0, len(slots), max(1, PREFILL_TOKENS // token_ids.shape[1])):
+            part = slice(begin, begin + max(1, PREFILL_TOKENS // token_ids.shape[1]))
+            real = lengths[part]
+            width = int(real.max())
+            positions = torch.arange(width, device=slots.device).expand(len(real), -1)
+            at = Extension(slots[part], torch.zeros_like(real), real, positions, width)
+            hidden = self.model.extend(token_ids[part, :width], self.cache, at)
+            self.prompt_hidden[slots[part]] = hidden[torch.arange(len(real), device=slots.device), real - 1]
 
     def _decode(self, slots: torch.Tensor, sampling: SamplingConfig) -> None:
         """One more token for every slot: feed the last one drawn, draw the next."""
         starts = self.lengths[slots]
         at = Extension(slots, starts, torch.ones_like(starts), starts[:, None], int(starts.max()) + 1)
         hidden = self.model.extend(self.tokens[slots, starts][:, None], self.cache, at)
-        self.lengths[slots] += 1
+        self.lengths[slots] = starts + 1
         self._draw(slots, hidden[:, 0], sampling)
 
     def _draw(self, slots: torch.Tensor, hidden: torch.Tensor, sampling: SamplingConfig) -> None:
@@ -170,21 +186,22 @@ class V4Engine:
         self.tokens[slots, positions] = tokens
         self.logprobs[slots, positions] = logprobs
 
-    def _ended(self, slots: torch.Tensor) -> list[tuple[int, FinishReason]]:
-        """The slots whose last token is a stop token or their last allowed one."""
+    def _split(self, slots: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, FinishReason]]]:
+        """The slots that go on, and those whose last token is a stop token or the last one allowed, with the reason."""
         positions = self.lengths[slots]
         stopped = torch.isin(self.tokens[slots, positions], self.stop_ids)
-        full = positions + 1 >= self.limits[slots]
-        if not bool((stopped | full).any()):
-            return []
-        return [
-            (slot, "stop" if stop else "length")
-            for slot, stop, out in zip(slots.tolist(), stopped.tolist(), full.tolist(), strict=True)
-            if stop or out
-        ]
+        over = stopped | (positions + 1 >= self.limits[slots])
+        if not bool(over.any()):
+            return slots, []
+        ended = zip(slots[over].tolist(), stopped[over].tolist(), strict=True)
+        return slots[~over], [(slot, "stop" if stop else "length") for slot, stop in ended]
 
     def _collect(self, slot: int, request: Request, version: int, reason: FinishReason) -> Trajectory:
-        end = int(self.lengths[slot]) + 1
-        token_ids = self.tokens[slot, :end].cpu().numpy()
-        logprobs = self.logprobs[slot, len(request.token_ids) : end].cpu().numpy()
-        return finished(request, token_ids, logprobs, version, reason)
+        sampled = slice(len(request.token_ids), int(self.lengths[slot]) + 1)
+        return finished(
+            request,
+            self.tokens[slot, sampled].cpu().numpy(),
+            self.logprobs[slot, sampled].cpu().numpy(),
+            version,
+            reason,
+        )

@@ -13,6 +13,10 @@ from torch import Tensor
 
 from opd.config import SamplingConfig
 
+GOLDEN_GAMMA = -7046029254386353131  # SplitMix64's increment 0x9E3779B97F4A7C15 and multipliers, as signed numbers
+MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
+MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
+
 
 def trajectory_key(trajectory_id: str, seed: int) -> int:
     """A signed 64-bit number that stands for the trajectory's noise stream."""
@@ -21,12 +25,16 @@ def trajectory_key(trajectory_id: str, seed: int) -> int:
 
 
 def uniform(keys: Tensor, positions: Tensor) -> Tensor:
-    """Numbers in (0, 1), float64 [N], from int64 keys [N] and token positions [N] (the SplitMix64 finaliser)."""
-    state = keys + (positions + 1) * -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed number; wraps on purpose
-    state = (state ^ _shift(state, 30)) * -4658895280553007687
-    state = (state ^ _shift(state, 27)) * -7723592293110705685
+    """Numbers in (0, 1), ends excluded, float64 [N], from int64 keys [N] and token positions [N].
+
+    Output `position` of the SplitMix64 generator that starts at the key; products wrap on purpose.
+    """
+    state = keys + (positions + 1) * GOLDEN_GAMMA
+    state = (state ^ _shift(state, 30)) * MIX_1
+    state = (state ^ _shift(state, 27)) * MIX_2
     state = state ^ _shift(state, 31)
-    return (_shift(state, 11).to(torch.float64) + 0.5) * 2.0**-53
+    # 52 bits and a half: of 53 the largest would round to 1.
+    return (_shift(state, 12).to(torch.float64) + 0.5) * 2.0**-52
 
 
 def _shift(state: Tensor, bits: int) -> Tensor:
@@ -37,12 +45,13 @@ def _shift(state: Tensor, bits: int) -> Tensor:
 def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
     """Tokens int64 [N] and their log-probabilities float32 [N] under the distribution they were drawn from.
 
-    Order: temperature, top-k, top-p, draw. At temperature 0 the token is the arg max (the lowest id among equals) and
-    its log-probability is the one at temperature 1, since a point mass has nothing to compare with. Logits are taken
-    to float32, the cumulative sum to float64. Raises ValueError for logits that are not finite.
+    Order: temperature, top-k, top-p, draw; of equal logits the lower id comes first. At temperature 0 the token is the
+    arg max and its log-probability is the one at temperature 1, since a point mass has nothing to compare with. Logits
+    are taken to float32, the cumulative sum to float64. Raises ValueError for logits that are not finite.
     """
     logits = logits_NV.float()
-    if not torch.isfinite(logits).all():
+    # One pass for the usual case: the extremes of a tensor that holds a NaN or an infinity are not finite.
+    if not torch.isfinite(torch.stack(logits.aminmax())).all():
         row = int((~torch.isfinite(logits)).any(-1).nonzero()[0])
         raise ValueError(f"the policy's logits are not finite (row {row}); the published weights are damaged")
     if sampling.temperature == 0.0:
@@ -51,10 +60,11 @@ def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: Sam
     log_p = torch.log_softmax(logits / sampling.temperature, -1)
     if sampling.top_k or sampling.top_p < 1.0:
         log_p = torch.log_softmax(_truncate(log_p, sampling), -1)
-    cumulative = log_p.to(torch.float64).exp().cumsum(-1)
-    # The last entry is the total, one but for rounding; scaling by it keeps the draw inside the support.
+    cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)
+    # The last entry is the total, 1 but for rounding. The largest noise is 1 - 2^-53, whose product with it rounds to
+    # less: the draw ends at an entry that adds something to the sum, so never at one that was cut off.
     threshold = uniform(keys_N, positions_N)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)
+    tokens = torch.searchsorted(cumulative, threshold, right=True)
     return tokens[:, 0], log_p.gather(1, tokens)[:, 0]
 
 
@@ -66,5 +76,6 @@ def _truncate(log_p: Tensor, sampling: SamplingConfig) -> Tensor:
         drop[:, sampling.top_k :] = True
     if sampling.top_p < 1.0:
         kept = ordered.masked_fill(drop, -torch.inf).softmax(-1)
-        drop |= kept.cumsum(-1) - kept >= sampling.top_p
+        mass = kept.cumsum(-1, dtype=torch.float64)
+        drop[:, 1:] |= mass[:, :-1] >= sampling.top_p
     return log_p.masked_fill(torch.zeros_like(drop).scatter(-1, ids, drop), -torch.inf)

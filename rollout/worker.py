@@ -6,6 +6,7 @@ Knows nothing of Ray. Weights come as snapshots through the run's store, so that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,7 +15,9 @@ from opd.model import DeepseekV4, load_model, with_path
 from opd.types import Store, Trajectory, WeightSnapshot
 from opd.weights import apply_snapshot, snapshot_of
 from rollout.engine import Request, V4Engine
-from rollout.hub_engine import HubEngine
+
+if TYPE_CHECKING:
+    from rollout.hub_engine import HubEngine
 
 
 class RolloutWorker:
@@ -30,23 +33,26 @@ class RolloutWorker:
         seed: int,
         device: str,
     ) -> None:
+        """The architecture is that of the checkpoint `model.path`; its weights are not sampled from until a `load`."""
         self.store, self.model_config, self.device = store, model, device
         self.version = -1  # no weights yet
         # A snapshot's experts are MXFP4 values already: rounding them again in every forward would change nothing.
-        policy = load_model(with_path(model, model.path or "", fp4="none")).to(device)
-        settings = {
-            "num_slots": rollout.num_slots,
-            "max_tokens": model.max_tokens,
-            "stop_ids": stop_ids,
-            "seed": seed,
-        }
-        self.policy = policy
-        self.engine: V4Engine | HubEngine = (
-            V4Engine(policy, **settings) if isinstance(policy, DeepseekV4) else HubEngine(policy, **settings)
-        )
+        self.policy = load_model(with_path(model, model.path or "", fp4="none")).to(device)
+        self.engine = self._engine(rollout.num_slots, stop_ids, seed)
+
+    def _engine(self, num_slots: int, stop_ids: Sequence[int], seed: int) -> V4Engine | HubEngine:
+        max_tokens = self.model_config.max_tokens
+        if isinstance(self.policy, DeepseekV4):
+            return V4Engine(self.policy, num_slots=num_slots, max_tokens=max_tokens, stop_ids=stop_ids, seed=seed)
+        from rollout.hub_engine import HubEngine  # transformers' caches take a while to import
+
+        return HubEngine(self.policy, num_slots=num_slots, max_tokens=max_tokens, stop_ids=stop_ids, seed=seed)
 
     def load(self, snapshot: object) -> int:
-        """Replaces the weights by the snapshot behind a store handle; returns the version now held."""
+        """Replaces the weights by the snapshot behind a store handle; returns the version now held.
+
+        Raises ValueError for a snapshot that is not of this architecture; the weights are then what they were.
+        """
         return self._apply(self.store.get(snapshot))
 
     def load_checkpoint(self, path: str, version: int) -> int:
@@ -65,9 +71,9 @@ class RolloutWorker:
             raise ValueError(f"asked to sample under policy version {version}; this worker holds {self.version}")
         return self.engine.generate(requests, sampling, version)
 
+    @torch.inference_mode()
     def probe(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities of the last position of a prompt, float32 [V]: what a weight swap is checked by."""
-        with torch.inference_mode():
-            ids = torch.tensor([list(token_ids)], device=self.device)
-            hidden = self.policy(ids, torch.tensor([len(token_ids)], device=self.device)).hidden[0, -1]
-            return torch.log_softmax(hidden.float() @ self.policy.head.float().T, -1).cpu()
+        """Log-probabilities of the token after a prompt, float32 [V]: what a weight swap is checked by."""
+        ids = torch.tensor([list(token_ids)], device=self.device)
+        hidden = self.policy(ids, torch.tensor([len(token_ids)], device=self.device)).hidden[0, -1]
+        return torch.log_softmax(hidden.float() @ self.policy.head.float().T, -1).cpu()

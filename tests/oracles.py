@@ -4,6 +4,8 @@ with what they check."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -150,3 +152,289 @@ def muon_steps(
         update = hybrid_newton_schulz(momentum * buffer + gradient.double()) * max(weight.shape) ** 0.5 * 0.18
         weight = weight * (1 - learning_rate * weight_decay) - learning_rate * update
     return weight
+
+
+# ---- model: one sequence, one token, one head and one entry at a time, float64 ---------------------------------------
+#
+# `weights` is a state dict by the published names, in float64. A vector is a 1-D tensor, a sequence a list of vectors.
+
+Weights = dict[str, torch.Tensor]
+Vectors = list[torch.Tensor]
+
+
+def rope_frequencies(parameters: dict[str, Any], rope_dim: int) -> list[float]:
+    """Angle per position of each channel pair, plain or YaRN, pair by pair."""
+    base = parameters["rope_theta"]
+    frequencies = [base ** (-2 * k / rope_dim) for k in range(rope_dim // 2)]
+    if parameters["rope_type"] == "default":
+        return frequencies
+    turns = [
+        parameters["original_max_position_embeddings"] / (2 * math.pi * parameters[k])
+        for k in ("beta_fast", "beta_slow")
+    ]
+    fast, slow = (rope_dim * math.log(turn) / (2 * math.log(base)) for turn in turns)
+    low, high = max(math.floor(fast), 0), min(math.ceil(slow), rope_dim - 1)
+    for k, frequency in enumerate(frequencies):
+        ramp = min(max((k - low) / (high - low if high != low else 0.001), 0.0), 1.0)
+        frequencies[k] = frequency * (1 - ramp) + frequency / parameters["factor"] * ramp
+    return frequencies
+
+
+def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    return x / torch.sqrt((x * x).sum() / len(x) + eps)
+
+
+def turn(x: torch.Tensor, position: int, frequencies: list[float]) -> torch.Tensor:
+    """The last channels, two by two, as points of a plane that is turned by position * frequency."""
+    x, first = x.clone(), len(x) - 2 * len(frequencies)
+    for k, frequency in enumerate(frequencies):
+        cos, sin = math.cos(position * frequency), math.sin(position * frequency)
+        a, b = float(x[first + 2 * k]), float(x[first + 2 * k + 1])
+        x[first + 2 * k], x[first + 2 * k + 1] = a * cos - b * sin, a * sin + b * cos
+    return x
+
+
+def compressed_entries(h: Vectors, w: Weights, overlap: bool, frequencies: list[float], eps: float) -> Vectors:
+    """One entry per complete block of tokens; `w` holds the compressor's own four tensors."""
+    ratio, width = len(w["position_bias"]), len(w["kv_norm.weight"])
+    own = slice(width, 2 * width) if overlap else slice(0, width)
+    entries = []
+    for block in range(len(h) // ratio):
+        candidates = [(block * ratio + j, own) for j in range(ratio)]
+        if overlap and block > 0:
+            candidates += [((block - 1) * ratio + j, slice(0, width)) for j in range(ratio)]
+        total, normaliser = torch.zeros(width).double(), torch.zeros(width).double()
+        for token, series in candidates:
+            gate = (w["gate_proj.weight"] @ h[token] + w["position_bias"][token % ratio])[series].exp()
+            total += gate * (w["kv_proj.weight"] @ h[token])[series]
+            normaliser += gate
+        entry = rms(total / normaliser, eps) * w["kv_norm.weight"]
+        entries.append(turn(entry, block * ratio, frequencies))
+    return entries
+
+
+def v4_attention(config: Any, kind: str, h: Vectors, w: Weights) -> Vectors:
+    """One layer's attention over a whole sequence of normalised inputs."""
+    eps, heads, width, rope_dim = (
+        config.rms_norm_eps,
+        config.num_attention_heads,
+        config.head_dim,
+        config.qk_rope_head_dim,
+    )
+    compressed = kind != "sliding_attention"
+    frequencies = rope_frequencies(config.rope_parameters["compress" if compressed else "main"], rope_dim)
+    latents = [rms(w["q_a_proj.weight"] @ x, eps) * w["q_a_norm.weight"] for x in h]
+    raw = [turn(rms(w["kv_proj.weight"] @ x, eps) * w["kv_norm.weight"], t, frequencies) for t, x in enumerate(h)]
+    entries: Vectors = []
+    index_keys: Vectors = []
+    if compressed:
+        overlap = kind == "compressed_sparse_attention"
+        entries = compressed_entries(h, under(w, "compressor."), overlap, frequencies, eps)
+        if overlap:
+            index_keys = compressed_entries(h, under(w, "compressor.indexer."), True, frequencies, eps)
+    outputs = []
+    for t, x in enumerate(h):
+        keys = [raw[s] for s in range(max(0, t - config.sliding_window + 1), t + 1)]
+        if compressed:
+            complete = [i for i in range(len(entries)) if (i + 1) * config.compress_rates[kind] <= t + 1]
+            if index_keys:
+                scores = {i: index_score(config, index_keys[i], x, latents[t], t, frequencies, w) for i in complete}
+                complete = sorted(complete, key=lambda i: (-scores[i], i))[: config.index_topk]
+            keys += [entries[i] for i in complete]
+        mixed = []
+        for head in range(heads):
+            query = rms(w["q_b_proj.weight"][head * width : (head + 1) * width] @ latents[t], eps)
+            query = turn(query, t, frequencies)
+            shares = [math.exp(float(query @ key) / math.sqrt(width)) for key in keys]
+            normaliser = sum(shares) + math.exp(float(w["sinks"][head]))
+            value = sum((share / normaliser * key for share, key in zip(shares, keys, strict=True)), torch.zeros(width))
+            mixed.append(turn(value.double(), -t, frequencies))
+        per_group = heads // config.o_groups
+        latent = [
+            w["o_a_proj.weight"][g * config.o_lora_rank : (g + 1) * config.o_lora_rank]
+            @ torch.cat(mixed[g * per_group : (g + 1) * per_group])
+            for g in range(config.o_groups)
+        ]
+        outputs.append(w["o_b_proj.weight"] @ torch.cat(latent))
+    return outputs
+
+
+def index_score(
+    config: Any, key: torch.Tensor, x: torch.Tensor, latent: torch.Tensor, t: int, frequencies: list[float], w: Weights
+) -> float:
+    width, heads = config.index_head_dim, config.index_n_heads
+    head_weights = w["compressor.indexer.scorer.weights_proj.weight"] @ x / math.sqrt(width * heads)
+    score = 0.0
+    for head in range(heads):
+        query = w["compressor.indexer.q_b_proj.weight"][head * width : (head + 1) * width] @ latent
+        score += float(head_weights[head]) * max(float(turn(query, t, frequencies) @ key), 0.0)
+    return score
+
+
+def sinkhorn(logits: torch.Tensor, iterations: int, eps: float) -> torch.Tensor:
+    """One [n, n] matrix of any dtype, by plain operations that autograd records."""
+    matrix = torch.softmax(logits, dim=1) + eps
+    matrix = matrix / (matrix.sum(dim=0, keepdim=True) + eps)
+    for _ in range(iterations - 1):
+        matrix = matrix / (matrix.sum(dim=1, keepdim=True) + eps)
+        matrix = matrix / (matrix.sum(dim=0, keepdim=True) + eps)
+    return matrix
+
+
+def hyper_connection(config: Any, x: torch.Tensor, w: Weights) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """One token's streams [n, D] -> collapsed [D], expansion weights [n], residual matrix [n, n] (from, to)."""
+    n = len(x)
+    mix = w["fn"] @ rms(x.flatten(), config.rms_norm_eps)
+    pre = torch.sigmoid(w["scale"][0] * mix[:n] + w["base"][:n]) + config.hc_eps
+    post = 2 * torch.sigmoid(w["scale"][1] * mix[n : 2 * n] + w["base"][n : 2 * n])
+    residual = (w["scale"][2] * mix[2 * n :] + w["base"][2 * n :]).view(n, n)
+    return pre @ x, post, sinkhorn(residual, config.hc_sinkhorn_iters, config.hc_eps)
+
+
+def hyper_expand(x: torch.Tensor, y: torch.Tensor, post: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    n = len(x)
+    return torch.stack([post[k] * y + sum(residual[j, k] * x[j] for j in range(n)) for k in range(n)])
+
+
+def hyper_head(config: Any, x: torch.Tensor, w: Weights) -> torch.Tensor:
+    """One token's streams after the last layer [n, D] -> [D]."""
+    mix = w["fn"] @ rms(x.flatten(), config.rms_norm_eps)
+    return (torch.sigmoid(w["scale"] * mix + w["base"]) + config.hc_eps) @ x
+
+
+def v4_moe(config: Any, token_id: int, u: torch.Tensor, w: Weights) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """One token -> output, affinities [E], the experts it is sent to."""
+
+    def expert(gate: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
+        limit = config.swiglu_limit
+        capped = (gate @ u).clamp(max=limit)
+        return down @ (capped * torch.sigmoid(capped) * (up @ u).clamp(-limit, limit))
+
+    logits = w["gate.weight"] @ u
+    match config.scoring_func:
+        case "sqrtsoftplus":
+            scores = torch.log(1 + logits.exp()).sqrt()
+        case "sigmoid":
+            scores = 1 / (1 + torch.exp(-logits))
+        case _:
+            scores = logits.exp() / logits.exp().sum()
+    if "gate.tid2eid" in w:
+        chosen = [int(e) for e in w["gate.tid2eid"][token_id]]
+    else:
+        biased = (scores + w["gate.e_score_correction_bias"]).tolist()
+        chosen = sorted(range(len(biased)), key=lambda e: -biased[e])[: config.num_experts_per_tok]
+    out = expert(*(w[f"shared_experts.{part}_proj.weight"] for part in ("gate", "up", "down")))
+    for e in chosen:
+        gate, up = w["experts.gate_up_proj"][e].chunk(2)
+        share = scores[e] / sum(scores[i] for i in chosen) * config.routed_scaling_factor
+        out = out + share * expert(gate, up, w["experts.down_proj"][e])
+    return out, scores, chosen
+
+
+def v4_forward(
+    config: Any, weights: Weights, token_ids: list[int]
+) -> tuple[torch.Tensor, list[float], list[list[int]]]:
+    """Hidden states [T, D] before the head; balance loss and expert load of each score-routed layer."""
+    streams = [weights["model.embed_tokens.weight"][i].expand(config.hc_mult, -1) for i in token_ids]
+    balance: list[float] = []
+    load: list[list[int]] = []
+    for layer, kind in enumerate(config.layer_types):
+        w = under(weights, f"model.layers.{layer}.")
+        sites = [hyper_connection(config, x, under(w, "attn_hc.")) for x in streams]
+        h = [rms(collapsed, config.rms_norm_eps) * w["input_layernorm.weight"] for collapsed, _, _ in sites]
+        attended = v4_attention(config, kind, h, under(w, "self_attn."))
+        streams = [hyper_expand(x, y, site[1], site[2]) for x, y, site in zip(streams, attended, sites, strict=True)]
+        sent, shares, num_experts = [0] * config.n_routed_experts, torch.zeros(1), config.n_routed_experts
+        for t, x in enumerate(streams):
+            collapsed, post, residual = hyper_connection(config, x, under(w, "ffn_hc."))
+            u = rms(collapsed, config.rms_norm_eps) * w["post_attention_layernorm.weight"]
+            y, scores, chosen = v4_moe(config, token_ids[t], u, under(w, "mlp."))
+            streams[t] = hyper_expand(x, y, post, residual)
+            shares = shares + scores / scores.sum()
+            for e in chosen:
+                sent[e] += 1
+        if config.mlp_layer_types[layer] == "moe":
+            length, k = len(token_ids), config.num_experts_per_tok
+            balance.append(
+                sum(num_experts * sent[e] / (k * length) * float(shares[e]) / length for e in range(num_experts))
+            )
+            load.append(sent)
+    hidden = []
+    for x in streams:
+        collapsed = hyper_head(config, x, under(weights, "model.hc_head.hc_"))
+        hidden.append(rms(collapsed, config.rms_norm_eps) * weights["model.norm.weight"])
+    return torch.stack(hidden), balance, load
+
+
+def under(weights: Weights, prefix: str) -> Weights:
+    """The entries below a prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in weights.items() if name.startswith(prefix)}
+
+
+# ---- rollout: one token of one request at a time, float64, noise in Python's own integers ----------------------------
+
+
+def noise(key: int, position: int) -> float:
+    """Output number `position` of SplitMix64 started at `key`, as the middle of one of 2^52 equal parts of (0, 1)."""
+    word = 2**64
+    z = (key + (position + 1) * 0x9E3779B97F4A7C15) % word
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % word
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB % word
+    z = z ^ (z >> 31)
+    return (2 * (z >> 12) + 1) / 2**53
+
+
+def drawn_from(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+    """The probabilities that a token is drawn from: temperature, then the k likeliest, then their shortest prefix of
+    mass top_p; of equal logits the lower id goes first."""
+    weights = [math.exp((logit - max(logits)) / temperature) for logit in logits]
+    order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    kept = order[:top_k] if top_k else order
+    if top_p < 1.0:
+        total, mass, nucleus = sum(weights[i] for i in kept), 0.0, []
+        for i in kept:
+            if mass < top_p:
+                nucleus.append(i)
+            mass += weights[i] / total
+        kept = nucleus
+    total = sum(weights[i] for i in kept)
+    return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
+
+
+def draw(probabilities: list[float], noise: float) -> int:
+    """The first token at which the cumulative distribution exceeds the noise."""
+    mass = 0.0
+    for token, probability in enumerate(probabilities):
+        mass += probability
+        if mass > noise:
+            return token
+    raise AssertionError(f"the noise {noise} is not below the total mass {mass}")
+
+
+def complete(
+    logits_after: Callable[[list[int]], list[float]],
+    prompt: list[int],
+    key: int,
+    *,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    most_tokens: int,
+    stop_ids: list[int],
+) -> tuple[list[int], list[float], str]:
+    """Sampled tokens of one request (at most `most_tokens`), their log-probabilities, and why it ended."""
+    tokens: list[int] = []
+    logprobs: list[float] = []
+    while True:
+        logits = logits_after(prompt + tokens)
+        if temperature == 0.0:
+            token, probabilities = logits.index(max(logits)), drawn_from(logits, 1.0, 0, 1.0)
+        else:
+            probabilities = drawn_from(logits, temperature, top_k, top_p)
+            token = draw(probabilities, noise(key, len(prompt) + len(tokens)))
+        tokens.append(token)
+        logprobs.append(math.log(probabilities[token]))
+        if token in stop_ids:
+            return tokens, logprobs, "stop"
+        if len(tokens) == most_tokens:
+            return tokens, logprobs, "length"

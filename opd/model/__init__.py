@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from opd.config import ConfigError, ModelConfig
+from opd.fp4 import BLOCK
 from opd.model.hub import HubModel, load_hub_model
 from opd.model.transformer import DeepseekV4, ModelOutput, check_v4_config, initialize, v4_config
 from opd.weights import load_model_config, read_tensors
@@ -39,7 +40,9 @@ def new_v4(model: ModelConfig, vocab_size: int, seed: int) -> DeepseekV4:
         raise ConfigError(
             f"model.config.vocab_size={fields['vocab_size']} is smaller than the tokenizer's {vocab_size} entries"
         )
-    built = DeepseekV4(v4_config(fields), model.fp4)
+    config = v4_config(fields)
+    _check_fp4_widths(config, model.fp4)
+    built = DeepseekV4(config, model.fp4)
     initialize(built, seed)
     return built
 
@@ -57,8 +60,11 @@ def load_model(model: ModelConfig, path: str | None = None) -> DeepseekV4 | HubM
         return load_hub_model(source, model.revision)
     config = load_model_config(source, model.revision)
     if not isinstance(config, DeepseekV4Config):
-        raise ConfigError(f"{source} holds a {config.model_type} model; family=deepseek_v4 cannot load it, use family=hf")
+        raise ConfigError(
+            f"{source} holds a {config.model_type} model; family=deepseek_v4 cannot load it, use family=hf"
+        )
     check_v4_config(config)
+    _check_fp4_widths(config, model.fp4)
     built = DeepseekV4(config, model.fp4)
     tensors = read_tensors(source, model.revision)
     wanted = {name: tensor.shape for name, tensor in built.state_dict().items()}
@@ -74,6 +80,15 @@ def load_model(model: ModelConfig, path: str | None = None) -> DeepseekV4 | HubM
             raise ConfigError(f"{source} holds the tensor {name} that its config.json has no place for")
     built.load_state_dict(tensors)
     return built
+
+
+def _check_fp4_widths(config: DeepseekV4Config, fp4: str) -> None:
+    for key in ("hidden_size", "moe_intermediate_size"):
+        if fp4 == "experts" and getattr(config, key) % BLOCK:
+            raise ConfigError(
+                f"model.config.{key}={getattr(config, key)} is not a multiple of {BLOCK}, the block of weights that "
+                "shares a scale in MXFP4; change it or set model.fp4=none"
+            )
 
 
 def with_path(model: ModelConfig, path: str, *, fp4: str | None = None) -> ModelConfig:

@@ -185,9 +185,7 @@ class Attention(nn.Module):
             keys, visible = torch.cat((keys, entries), dim=1), torch.cat((visible, usable), dim=-1)
         return self._output(attend(query, keys, visible, self.sinks), rotation)
 
-    def extend(
-        self, h_BTD: Tensor, rotation: Tensor, frequencies: Tensor, cache: LayerCache, at: Extension
-    ) -> Tensor:
+    def extend(self, h_BTD: Tensor, rotation: Tensor, frequencies: Tensor, cache: LayerCache, at: Extension) -> Tensor:
         """New tokens of the sequences in `at.slots`, attending to the cache and to each other: [B, T, D]."""
         query_rank, query = self._queries(h_BTD, rotation)
         new_keys = rotate(self.kv_norm(self.kv_proj(h_BTD)), rotation)
@@ -202,11 +200,9 @@ class Attention(nn.Module):
                 indexer.extend(h_BTD, cache.indexer, at, frequencies)
             blocks = at.max_end // self.compressor.ratio
             if blocks:
-                usable = block_mask(at.positions, blocks, self.compressor.ratio)
+                usable = block_mask(at.read_positions(), blocks, self.compressor.ratio)
                 if indexer is not None and cache.indexer is not None and blocks > indexer.topk:
                     index_keys = cache.indexer.entries[at.slots, :blocks].to(h_BTD.dtype)
-                    # What is not visible was not written in this sequence: the mask must come before any product.
-                    index_keys = index_keys.masked_fill(~usable.any(1)[..., None], 0.0)
                     usable = indexer.select(h_BTD, query_rank, index_keys, usable, rotation[..., None, :])
                 keys.append(cache.compressor.entries[at.slots, :blocks].to(new_keys.dtype))
                 visible.append(usable)

@@ -64,6 +64,13 @@ class Extension:
     positions: Tensor  # int64 [B, T] = starts + 0 .. T - 1; entries past a row's length are padding
     max_end: int
 
+    def read_positions(self) -> Tensor:
+        """`positions` with padding moved back to its row's last token: padding may see no more than that, since what
+        lies beyond was not written in this sequence."""
+        if self.positions.shape[1] == 1:
+            return self.positions
+        return torch.minimum(self.positions, (self.starts + self.lengths - 1)[:, None])
+
     def write_ring(self, ring: Tensor, values: Tensor) -> None:
         """Stores the last ring-size real tokens' `values` [B, T, ...] at position % ring size."""
         size = ring.shape[1]

@@ -4,7 +4,8 @@ The one idea: the training loop asks a model for hidden states and an output hea
 wrapped is "last hidden state in, head beside it". A model whose logits are more than `head @ hidden` (soft-capped or
 scaled logits, a bias) would be distilled wrongly and in silence, so loading probes for that and refuses by name.
 
-Left out: FP4 (only our own model's experts are fake-quantised), the expert balance loss, and incremental decoding.
+Left out: FP4 (only our own model's experts are fake-quantised) and the expert balance loss. Decoding uses transformers'
+own cache.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Cache
 
 from opd.config import ConfigError
 from opd.model.transformer import ModelOutput
@@ -60,6 +61,19 @@ class HubModel(nn.Module):
             balance_loss=torch.zeros((), dtype=torch.float32, device=hidden.device),
             expert_load=torch.zeros((0, 0), dtype=torch.int64, device=hidden.device),
         )
+
+    def extend(
+        self, token_ids: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, cache: Cache
+    ) -> torch.Tensor:
+        """New tokens of left-padded sequences whose earlier ones are in `cache`, which moves on: hidden [B, T, D].
+
+        `token_ids` and `positions` (counted from a row's first real token; any value at padding) are int64 [B, T];
+        `mask` int64 [B, cached + T] is 1 at real tokens, old and new. Hidden states mean nothing at padding.
+        """
+        output = self._inner.base_model(
+            input_ids=token_ids, attention_mask=mask, position_ids=positions, cache=cache, use_cache=True
+        )
+        return output.last_hidden_state
 
     def update_selection_bias(self, load: torch.Tensor, speed: float) -> None:
         """Does nothing: a published model's router has no selection bias of ours."""

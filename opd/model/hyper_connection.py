@@ -1,7 +1,9 @@
 """Manifold-constrained hyper-connections: n residual streams, mixed by a nearly doubly stochastic matrix.
 
-V4 report 2.2; mHC paper (arXiv 2512.24880) equations 10 to 19. The Sinkhorn projection is one autograd function: forty
-normalisations of 4x4 matrices are far too small to be recorded one by one.
+V4 report 2.2; mHC paper (arXiv 2512.24880) equations 10 to 19. Streams are the first dimension and tokens the last one
+of every coefficient, [n, N, D] and [n, N]: what is done for each token then runs along long rows. As matrix products of
+4 by 4 per token, or as forty recorded normalisations, the same arithmetic would take most of a small model's time; so
+mixing, weighted sum and Sinkhorn projection are one autograd function each.
 """
 
 from __future__ import annotations
@@ -9,23 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class _Sinkhorn(torch.autograd.Function):
-    """Alternating normalisation of positive matrices [n, n, N], columns first, `iterations` column passes.
-
-    The many matrices are the last dimension: sums over n are then additions of long rows, not reductions of four.
-    """
+    """Alternating normalisation of positive matrices [n, n, N], columns first, `iterations` column passes."""
 
     @staticmethod
     def forward(ctx: Any, start: Tensor, iterations: int, eps: float) -> Tensor:
         matrix = start
         steps = []  # (result, reciprocal of the sum it was divided by) of every normalisation
         for step in range(2 * iterations - 1):
-            dim = step % 2
-            reciprocal = (matrix.sum(dim, keepdim=True) + eps).reciprocal_()
+            reciprocal = (matrix.sum(step % 2, keepdim=True) + eps).reciprocal_()
             matrix = matrix * reciprocal
             steps += [matrix, reciprocal]
         ctx.save_for_backward(*steps)
@@ -37,29 +34,76 @@ class _Sinkhorn(torch.autograd.Function):
         steps = ctx.saved_tensors
         for step in range(len(steps) // 2 - 1, -1, -1):
             result, reciprocal = steps[2 * step], steps[2 * step + 1]
-            dim = step % 2
             # y = x / (sum(x) + eps)  =>  dx = (dy - sum(dy * y)) / (sum(x) + eps)
-            grad = (grad - (grad * result).sum(dim, keepdim=True)) * reciprocal
+            grad = (grad - (grad * result).sum(step % 2, keepdim=True)) * reciprocal
         return grad, None, None
 
 
-def sinkhorn(logits: Tensor, iterations: int, eps: float) -> Tensor:
-    """exp(logits) [..., n, n] brought close to the doubly stochastic matrices; column sums are exact to eps.
+def sinkhorn(logits_nnN: Tensor, iterations: int, eps: float) -> Tensor:
+    """exp(logits) [n, n, N], one matrix per token, brought close to the doubly stochastic matrices.
 
-    Row softmax, then `iterations` column normalisations with a row normalisation between two of them (the report's
-    order seen from the transposed matrix). Rows are exact only for moderate logits: 20 iterations do not converge for
-    large ones, and that is part of the model.
+    Softmax over the second index, then `iterations` normalisations of the first with one of the second between two of
+    them (the report's order, seen from the transposed matrix). Sums over the first index are exact to eps; those over
+    the second only for moderate logits: 20 iterations do not converge for large ones, and that is part of the model.
     """
-    n = logits.shape[-1]
-    start = torch.softmax(logits.reshape(-1, n, n).permute(1, 2, 0).contiguous(), dim=1) + eps
-    return _Sinkhorn.apply(start, iterations, eps).permute(2, 0, 1).reshape(logits.shape)  # type: ignore[no-any-return]
+    return _Sinkhorn.apply(torch.softmax(logits_nnN, dim=1) + eps, iterations, eps)
+
+
+class _WeightedSum(torch.autograd.Function):
+    """sum_j weights_j * X_j: [n, N], [n, N, D] -> [N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor, streams: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, streams)
+        total = streams[0] * weights[0][:, None]
+        for weight, stream in zip(weights[1:], streams[1:], strict=True):
+            total.addcmul_(stream, weight[:, None])
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        weights, streams = ctx.saved_tensors
+        return torch.linalg.vecdot(streams, grad[None]), weights[..., None] * grad
+
+
+class _Mix(torch.autograd.Function):
+    """X'_k = post_k * y + sum_j residual[j, k] X_j: [n, N, D], [N, D], [n, N], [n, n, N] -> [n, N, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, output: Tensor, post: Tensor, residual: Tensor) -> Tensor:
+        ctx.save_for_backward(streams, output, post, residual)
+        mixed = torch.empty_like(streams, memory_format=torch.contiguous_format)
+        for k in range(len(streams)):
+            torch.mul(output, post[k][:, None], out=mixed[k])
+            for j in range(len(streams)):
+                mixed[k].addcmul_(streams[j], residual[j, k][:, None])
+        return mixed
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        grad = grads[0].contiguous()
+        streams, output, post, residual = ctx.saved_tensors
+        count = len(streams)
+        grad_streams, grad_residual = torch.empty_like(grad), torch.empty_like(residual)
+        for j in range(count):
+            torch.mul(grad[0], residual[j, 0][:, None], out=grad_streams[j])
+            for k in range(1, count):
+                grad_streams[j].addcmul_(grad[k], residual[j, k][:, None])
+            for k in range(count):
+                torch.linalg.vecdot(streams[j], grad[k], out=grad_residual[j, k])
+        grad_output = grad[0] * post[0][:, None]
+        for k in range(1, count):
+            grad_output.addcmul_(grad[k], post[k][:, None])
+        return grad_streams, grad_output, torch.linalg.vecdot(grad, output[None]), grad_residual
 
 
 class HyperConnection(nn.Module):
     """One site's mappings: collapse n streams into the block's input, expand its output, mix the streams.
 
-    Parameters are float32 whatever the streams' dtype: fn [(2 + n) n, n D], base [(2 + n) n], scale [3] (pre, post,
-    residual). Rows of fn: n for collapse, n for expand, n^2 for the residual matrix in row-major order.
+    Coefficients are computed in at least float32 whatever the streams' dtype. fn [(2 + n) n, n D], base [(2 + n) n],
+    scale [3] (pre, post, residual). Rows of fn: n for collapse, n for expand, n^2 for the residual matrix in row-major
+    order (from, to).
     """
 
     def __init__(self, streams: int, hidden_size: int, iterations: int, hc_eps: float, norm_eps: float) -> None:
@@ -70,28 +114,24 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.empty(rows))
         self.scale = nn.Parameter(torch.empty(3))
 
-    def collapse(self, streams_nD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[..., n, D] -> block input [..., D], expansion weights [..., n], residual matrix [..., n, n] (from, to)."""
+    def collapse(self, streams_nND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[n, N, D] -> block input [N, D], expansion weights [n, N], residual matrix [n, n, N] (from, to)."""
         n = self.streams
-        mix = stream_mix(streams_nD, self.fn, self.norm_eps)
-        pre, post, residual = mix.split([n, n, n * n], dim=-1)
-        pre_base, post_base, residual_base = self.base.to(mix.dtype).split([n, n, n * n])
+        mix = stream_mix(streams_nND, self.fn, self.norm_eps)
+        pre, post, residual = mix.split([n, n, n * n])
+        pre_base, post_base, residual_base = self.base.to(mix.dtype)[:, None].split([n, n, n * n])
         scale = self.scale.to(mix.dtype)
         pre = torch.sigmoid(torch.addcmul(pre_base, pre, scale[0])) + self.hc_eps
         post = 2 * torch.sigmoid(torch.addcmul(post_base, post, scale[1]))
-        residual = torch.addcmul(residual_base, residual, scale[2]).unflatten(-1, (n, n))
-        return weighted_sum(pre, streams_nD), post, sinkhorn(residual, self.iterations, self.hc_eps)
-
-    def expand(self, streams_nD: Tensor, output_D: Tensor, post: Tensor, residual: Tensor) -> Tensor:
-        """X'_k = post_k * y + sum_j residual[j, k] X_j."""
-        shape = streams_nD.shape
-        n, width = shape[-2:]
-        mixed = torch.baddbmm(
-            (post.to(output_D.dtype)[..., None] * output_D[..., None, :]).view(-1, n, width),
-            residual.to(streams_nD.dtype).view(-1, n, n).transpose(1, 2),
-            streams_nD.reshape(-1, n, width),
+        residual = sinkhorn(
+            torch.addcmul(residual_base, residual, scale[2]).unflatten(0, (n, n)), self.iterations, self.hc_eps
         )
-        return mixed.view(shape)
+        dtype = streams_nND.dtype
+        return weighted_sum(pre, streams_nND), post.to(dtype), residual.to(dtype)
+
+    def expand(self, streams_nND: Tensor, output_ND: Tensor, post_nN: Tensor, residual_nnN: Tensor) -> Tensor:
+        """The streams after the block: X'_k = post_k * y + sum_j residual[j, k] X_j."""
+        return _Mix.apply(streams_nND, output_ND, post_nN, residual_nnN)
 
 
 class HyperHead(nn.Module):
@@ -104,23 +144,23 @@ class HyperHead(nn.Module):
         self.hc_base = nn.Parameter(torch.empty(streams))
         self.hc_scale = nn.Parameter(torch.empty(1))
 
-    def forward(self, streams_nD: Tensor) -> Tensor:
-        mix = stream_mix(streams_nD, self.hc_fn, self.norm_eps)
-        pre = torch.sigmoid(mix * self.hc_scale.to(mix.dtype) + self.hc_base.to(mix.dtype)) + self.hc_eps
-        return weighted_sum(pre, streams_nD)
+    def forward(self, streams_nND: Tensor) -> Tensor:
+        """[n, N, D] -> [N, D]."""
+        mix = stream_mix(streams_nND, self.hc_fn, self.norm_eps)
+        pre = torch.sigmoid(mix * self.hc_scale.to(mix.dtype) + self.hc_base.to(mix.dtype)[:, None]) + self.hc_eps
+        return weighted_sum(pre, streams_nND)
 
 
-def stream_mix(streams_nD: Tensor, fn: Tensor, eps: float) -> Tensor:
-    """fn applied to the flattened streams divided by their RMS, in at least float32: [..., n, D] -> [..., rows]."""
-    flat = streams_nD.flatten(-2)
-    flat = flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+def stream_mix(streams_nND: Tensor, fn: Tensor, eps: float) -> Tensor:
+    """fn applied to each token's concatenated streams divided by their RMS, in at least float32: -> [rows, N]."""
+    n, _, width = streams_nND.shape
+    wide = streams_nND if streams_nND.dtype in (torch.float32, torch.float64) else streams_nND.float()
     # Scaling the few outputs instead of the wide input is the same number and a fraction of the traffic.
-    inverse_rms = torch.rsqrt(torch.linalg.vecdot(flat, flat)[..., None] / flat.shape[-1] + eps)
-    return F.linear(flat, fn.to(flat.dtype)) * inverse_rms
+    inverse_rms = torch.rsqrt(torch.linalg.vecdot(wide, wide).sum(0) / (n * width) + eps)
+    parts = fn.to(wide.dtype).view(-1, n, width).transpose(0, 1)
+    return torch.bmm(parts, wide.transpose(1, 2)).sum(0) * inverse_rms
 
 
-def weighted_sum(weights_n: Tensor, streams_nD: Tensor) -> Tensor:
-    """sum_j weights_j * X_j: [..., n], [..., n, D] -> [..., D] in the streams' dtype."""
-    flat = streams_nD.flatten(0, -3)
-    out = torch.bmm(weights_n.to(flat.dtype).reshape(-1, 1, flat.shape[1]), flat)
-    return out.view(*streams_nD.shape[:-2], streams_nD.shape[-1])
+def weighted_sum(weights_nN: Tensor, streams_nND: Tensor) -> Tensor:
+    """sum_j weights_j * X_j: [n, N], [n, N, D] -> [N, D] in the streams' dtype."""
+    return _WeightedSum.apply(weights_nN.to(streams_nND.dtype), streams_nND)

@@ -13,6 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class _RmsNorm(torch.autograd.Function):
+    """x / sqrt(mean(x^2) + eps), times a weight if there is one. Recorded as one node: the chain of small ops that
+    autograd would keep instead is what makes norms slow at small width."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+        inverse = torch.rsqrt(torch.linalg.vecdot(x, x)[..., None] / x.shape[-1] + eps)
+        unit = x * inverse
+        ctx.save_for_backward(unit, inverse, weight)
+        return unit if weight is None else unit * weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        (grad,) = grads
+        unit, inverse, weight = ctx.saved_tensors
+        grad_weight = None
+        if weight is not None:
+            if ctx.needs_input_grad[1]:
+                grad_weight = (grad * unit).flatten(0, -2).sum(0)
+            grad = grad * weight
+        along = torch.linalg.vecdot(grad, unit)[..., None] / unit.shape[-1]
+        return torch.addcmul(grad, unit, along, value=-1).mul_(inverse), grad_weight, None
+
+
+def _normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return _RmsNorm.apply(wide, None if weight is None else weight.to(wide.dtype), eps).to(x.dtype)
+
+
 class RMSNorm(nn.Module):
     """w * x / sqrt(mean(x^2) + eps) over the last dimension, in at least float32, cast back to x's dtype."""
 
@@ -22,14 +51,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        return _normalize(x, self.weight, self.eps)
 
 
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """RMS norm without a weight (query heads; V4 report 2.3.3)."""
-    wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    return F.rms_norm(wide, x.shape[-1:], None, eps).to(x.dtype)
+    return _normalize(x, None, eps)
 
 
 def rope_frequencies(parameters: dict[str, Any], rope_dim: int) -> Tensor:
@@ -117,7 +144,7 @@ def linear_by_segment(x_RD: Tensor, weight_EFD: Tensor, sizes: tuple[int, ...]) 
 
     `sizes` has one entry per expert and sums to R. One kernel call per expert that has rows, and no gather of weights.
     """
-    return _LinearBySegment.apply(x_RD, weight_EFD, sizes)  # type: ignore[no-any-return]
+    return _LinearBySegment.apply(x_RD, weight_EFD, sizes)
 
 
 class GroupedLinear(nn.Linear):

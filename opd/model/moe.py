@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opd.fp4 import fake_quantize
+from opd.model.hyper_connection import weighted_sum
 from opd.model.layers import linear_by_segment, swiglu
 
 SCORING = {
     "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
-    "softmax": lambda logits: logits.softmax(-1),
     "sigmoid": torch.sigmoid,
 }
 
@@ -29,8 +29,17 @@ class Router(nn.Module):
     normalised to sum to `routed_scaling_factor`.
     """
 
+    tid2eid: Tensor
+    e_score_correction_bias: Tensor
+
     def __init__(
-        self, experts: int, experts_per_token: int, hidden_size: int, scoring: str, factor: float, hash_vocab: int | None
+        self,
+        experts: int,
+        experts_per_token: int,
+        hidden_size: int,
+        scoring: str,
+        factor: float,
+        hash_vocab: int | None,
     ) -> None:
         super().__init__()
         self.experts, self.experts_per_token, self.factor = experts, experts_per_token, factor
@@ -70,14 +79,15 @@ class Experts(nn.Module):
             gate_up, down = fake_quantize(gate_up), fake_quantize(down)
         gate_up, down = gate_up.to(x_ND.dtype), down.to(x_ND.dtype)
         tokens, k = chosen_NK.shape
-        order = chosen_NK.flatten().argsort(stable=True)
+        order = torch.argsort(chosen_NK.flatten(), stable=True)
         sizes = tuple(torch.bincount(chosen_NK.flatten(), minlength=gate_up.shape[0]).tolist())
         hidden = linear_by_segment(x_ND[order // k], gate_up, sizes)
-        hidden = swiglu(*hidden.chunk(2, -1), self.limit)
+        gate, up = hidden.chunk(2, -1)
+        hidden = swiglu(gate, up, self.limit)
         out = linear_by_segment(hidden, down, sizes)
         back = torch.empty_like(order)
         back[order] = torch.arange(tokens * k, device=order.device)
-        return torch.bmm(weights_NK.to(out.dtype)[:, None], out[back].view(tokens, k, -1)).squeeze(1)
+        return weighted_sum(weights_NK.t(), out[back.view(tokens, k).t()])
 
 
 class SharedExpert(nn.Module):

@@ -13,7 +13,7 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,23 @@ from opd.model.layers import RMSNorm, rope_frequencies, rope_rotation
 from opd.model.moe import SCORING, Experts, MoE, Router, SharedExpert, balance_statistics
 
 CSA, HCA, WINDOW_ONLY = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
+
+SIZES = (
+    *("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
+    *("q_lora_rank", "o_groups", "o_lora_rank", "sliding_window", "index_n_heads", "index_head_dim", "index_topk"),
+    *("n_routed_experts", "num_experts_per_tok", "hc_mult", "hc_sinkhorn_iters", "max_position_embeddings"),
+)
+FIXED = {  # what the published class can say and only one value of which is V4
+    "num_key_value_heads": 1,
+    "n_shared_experts": 1,
+    "hidden_act": "silu",
+    "norm_topk_prob": True,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "attention_dropout": 0.0,
+    "router_jitter_noise": 0.0,
+    "tie_word_embeddings": False,
+}
 
 
 @dataclass(slots=True)
@@ -54,41 +71,57 @@ def v4_config(fields: dict[str, Any]) -> DeepseekV4Config:
     return config
 
 
-def check_v4_config(config: DeepseekV4Config) -> None:
-    """Raises ConfigError for shapes that cannot work."""
+def check_v4_config(published: DeepseekV4Config) -> None:
+    """Raises ConfigError for shapes that cannot work, and for settings that this model would not follow."""
+    config = cast(Any, published)  # its optional fields are filled by the class itself
 
-    def refuse(key: str, why: str) -> None:
-        raise ConfigError(f"model.config.{key}={getattr(config, key)!r} cannot work: {why}")
+    def refuse(key: str, value: object, why: str) -> NoReturn:
+        raise ConfigError(f"model.config.{key}={value!r} cannot work: {why}")
 
+    for key in SIZES:
+        if getattr(config, key) < 1:
+            refuse(key, getattr(config, key), "it must be at least 1")
+    for key in ("swiglu_limit", "rms_norm_eps"):
+        if getattr(config, key) <= 0:
+            refuse(key, getattr(config, key), "it must be above 0")
+    for key, only in FIXED.items():
+        if getattr(config, key) != only:
+            refuse(key, getattr(config, key), f"this model has it fixed at {only!r}")
     if config.num_attention_heads % config.o_groups:
-        refuse("o_groups", f"num_attention_heads={config.num_attention_heads} is not a multiple of it")
-    if config.num_key_value_heads != 1:
-        refuse("num_key_value_heads", "V4 has one key-value head")
-    if config.qk_rope_head_dim % 2 or not 0 < config.qk_rope_head_dim <= config.head_dim:
-        refuse("partial_rotary_factor", f"it gives {config.qk_rope_head_dim} RoPE channels of {config.head_dim}")
-    if CSA in config.layer_types and config.index_head_dim < config.qk_rope_head_dim:
-        refuse("index_head_dim", f"it is smaller than the {config.qk_rope_head_dim} RoPE channels")
+        refuse("o_groups", config.o_groups, f"num_attention_heads={config.num_attention_heads} is not a multiple of it")
+    rope_dim = config.qk_rope_head_dim
+    if rope_dim % 2 or not 0 < rope_dim <= config.head_dim:
+        why = f"it gives {rope_dim} RoPE channels of {config.head_dim}"
+        refuse("partial_rotary_factor", config.partial_rotary_factor, why)
+    if CSA in config.layer_types and config.index_head_dim < rope_dim:
+        refuse("index_head_dim", config.index_head_dim, f"it is smaller than the {rope_dim} RoPE channels")
     if config.num_experts_per_tok > config.n_routed_experts:
-        refuse("num_experts_per_tok", f"there are {config.n_routed_experts} experts")
-    if config.n_shared_experts != 1:
-        refuse("n_shared_experts", "V4 has one shared expert")
+        refuse("num_experts_per_tok", config.num_experts_per_tok, f"there are {config.n_routed_experts} experts")
     if config.scoring_func not in SCORING:
-        refuse("scoring_func", f"choose one of {', '.join(SCORING)}")
-    if config.tie_word_embeddings:
-        refuse("tie_word_embeddings", "V4's head is not tied")
+        refuse("scoring_func", config.scoring_func, f"choose one of {', '.join(SCORING)}")
     for kind in (CSA, HCA):
-        ratio = config.compress_rates[kind]
-        if kind in config.layer_types and not 1 <= ratio <= config.sliding_window:
-            raise ConfigError(
-                f"model.config.compress_rates.{kind}={ratio} cannot work with sliding_window={config.sliding_window}: "
-                "tokens of an unfinished block are reachable through the window only, so it must not be the smaller"
-            )
+        ratio = config.compress_rates.get(kind)
+        if kind in config.layer_types and not (isinstance(ratio, int) and 1 <= ratio <= config.sliding_window):
+            why = "tokens of an unfinished block are reachable through the window only, so it is a whole number"
+            refuse(f"compress_rates.{kind}", ratio, f"{why} from 1 to sliding_window={config.sliding_window}")
+    for label in ("main", "compress"):
+        parameters, prefix = config.rope_parameters[label], f"rope_parameters.{label}"
+        kind, theta, factor = (parameters.get(key) for key in ("rope_type", "rope_theta", "partial_rotary_factor"))
+        if kind not in ("default", "yarn"):
+            refuse(f"{prefix}.rope_type", kind, "choose default or yarn")
+        if theta is None or theta <= 1:
+            refuse(f"{prefix}.rope_theta", theta, "the base of the frequencies must be above 1")
+        # transformers reads these two from here; another value would make a checkpoint mean two models.
+        if factor is None or int(config.head_dim * factor) != rope_dim:
+            refuse(f"{prefix}.partial_rotary_factor", factor, f"the model's own is {config.partial_rotary_factor}")
+        if kind == "yarn" and parameters.get("attention_factor") != 1.0:
+            refuse(f"{prefix}.attention_factor", parameters.get("attention_factor"), "V4 has it fixed at 1.0")
 
 
 class Block(nn.Module):
     """Attention and MoE, each between its own norm and its own hyper-connection."""
 
-    def __init__(self, config: DeepseekV4Config, index: int, quantized: bool) -> None:
+    def __init__(self, config: Any, index: int, quantized: bool) -> None:
         super().__init__()
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = Attention(
@@ -123,14 +156,13 @@ class Block(nn.Module):
         )
 
     def mix_experts(self, streams: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The MoE half: streams after it, affinities [B T, E], expert ids [B T, K]."""
+        """The MoE half: streams [n, B T, D] after it, affinities [B T, E], expert ids [B T, K]."""
         collapsed, post, residual = self.ffn_hc.collapse(streams)
-        x = self.post_attention_layernorm(collapsed).flatten(0, -2)
-        out, scores, chosen = self.mlp(x, token_ids.flatten())
-        return self.ffn_hc.expand(streams, out.view(collapsed.shape), post, residual), scores, chosen
+        out, scores, chosen = self.mlp(self.post_attention_layernorm(collapsed), token_ids.flatten())
+        return self.ffn_hc.expand(streams, out, post, residual), scores, chosen
 
 
-def _compressor(config: DeepseekV4Config, kind: str) -> Compressor | None:
+def _compressor(config: Any, kind: str) -> Compressor | None:
     if kind == WINDOW_ONLY:
         return None
     hidden, eps, ratio = config.hidden_size, config.rms_norm_eps, config.compress_rates[kind]
@@ -145,7 +177,7 @@ def _compressor(config: DeepseekV4Config, kind: str) -> Compressor | None:
 class Trunk(nn.Module):
     """Everything below the head; a module of its own for the published names (`model.layers...`)."""
 
-    def __init__(self, config: DeepseekV4Config, quantized: bool) -> None:
+    def __init__(self, config: Any, quantized: bool) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, index, quantized) for index in range(config.num_hidden_layers))
@@ -156,20 +188,27 @@ class Trunk(nn.Module):
 class DeepseekV4(nn.Module):
     """The student. `fp4` is the model config's choice of weights that are used as MXFP4 values: experts or none."""
 
+    main_frequencies: Tensor
+    compress_frequencies: Tensor
+
     def __init__(self, config: DeepseekV4Config, fp4: str = "none") -> None:
         super().__init__()
-        self.config = config
+        self.config: Any = config
         self.model = Trunk(config, quantized=fp4 == "experts")
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        rope_dim = config.qk_rope_head_dim
+        rope_dim = self.config.qk_rope_head_dim
         for kind in ("main", "compress"):
-            frequencies = rope_frequencies(config.rope_parameters[kind], rope_dim)
+            frequencies = rope_frequencies(self.config.rope_parameters[kind], rope_dim)
             self.register_buffer(f"{kind}_frequencies", frequencies, persistent=False)
 
     @property
     def head(self) -> nn.Parameter:
         """The output head [V, D]."""
-        return self.lm_head.weight
+        return cast(nn.Parameter, self.lm_head.weight)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [cast(Block, block) for block in self.model.layers]
 
     def forward(self, token_ids: Tensor, lengths: Tensor) -> ModelOutput:
         """Whole sequences: int64 [B, T] right-padded with any valid id, int64 [B]. Padding never reaches real tokens.
@@ -184,17 +223,18 @@ class DeepseekV4(nn.Module):
         rotations = self._rotations(positions[None])
         streams = self._embed(token_ids)
         balance, load = [], []
-        for block in self.model.layers:
+        for block in self.blocks:
             rotation, frequencies = rotations[block.self_attn.compressor is not None]
             collapsed, post, residual = block.attn_hc.collapse(streams)
-            mixed = block.self_attn(block.input_layernorm(collapsed), rotation, frequencies)
+            h = block.input_layernorm(collapsed).view(*token_ids.shape, -1)
+            mixed = block.self_attn(h, rotation, frequencies).flatten(0, 1)
             streams = block.attn_hc.expand(streams, mixed, post, residual)
             streams, scores, chosen = block.mix_experts(streams, token_ids)
             if not block.mlp.gate.is_hash:
                 layer_balance, layer_load = balance_statistics(scores, chosen, real)
                 balance.append(layer_balance)
                 load.append(layer_load)
-        hidden = self.model.norm(self.model.hc_head(streams))
+        hidden = self.model.norm(self.model.hc_head(streams)).view(*token_ids.shape, -1)
         if not load:
             return ModelOutput(hidden, hidden.new_zeros(()), torch.zeros(0, 0, dtype=torch.int64))
         return ModelOutput(hidden, torch.stack(balance).mean(), torch.stack(load))
@@ -209,14 +249,14 @@ class DeepseekV4(nn.Module):
             raise ValueError(f"a sequence of {at.max_end} tokens does not fit a cache of {cache.max_tokens}")
         rotations = self._rotations(at.positions)
         streams = self._embed(token_ids)
-        for block, layer_cache in zip(self.model.layers, cache.layers, strict=True):
+        for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             rotation, frequencies = rotations[block.self_attn.compressor is not None]
             collapsed, post, residual = block.attn_hc.collapse(streams)
-            h = block.input_layernorm(collapsed)
-            mixed = block.self_attn.extend(h, rotation, frequencies, layer_cache, at)
+            h = block.input_layernorm(collapsed).view(*token_ids.shape, -1)
+            mixed = block.self_attn.extend(h, rotation, frequencies, layer_cache, at).flatten(0, 1)
             streams = block.attn_hc.expand(streams, mixed, post, residual)
             streams, _, _ = block.mix_experts(streams, token_ids)
-        return self.model.norm(self.model.hc_head(streams))
+        return self.model.norm(self.model.hc_head(streams)).view(*token_ids.shape, -1)
 
     def new_cache(self, num_slots: int, max_tokens: int) -> Cache:
         """An empty cache in the parameters' dtype and on their device."""
@@ -231,7 +271,7 @@ class DeepseekV4(nn.Module):
             return CompressorState(zeros(ring, series), zeros(ring, series), zeros(blocks, compressor.width))
 
         cache = Cache(num_slots, max_tokens)
-        for block in self.model.layers:
+        for block in self.blocks:
             compressor = block.self_attn.compressor
             indexer = getattr(compressor, "indexer", None)
             cache.layers.append(
@@ -246,13 +286,14 @@ class DeepseekV4(nn.Module):
     @torch.no_grad()
     def update_selection_bias(self, load: Tensor, speed: float) -> None:
         """Auxiliary-loss-free balancing: experts above the mean load [L, E] become `speed` less likely to be chosen."""
-        routers = [block.mlp.gate for block in self.model.layers if not block.mlp.gate.is_hash]
+        routers = [block.mlp.gate for block in self.blocks if not block.mlp.gate.is_hash]
         for router, counts in zip(routers, load.to(self.lm_head.weight.device, torch.float32), strict=True):
             router.e_score_correction_bias += speed * torch.sign(counts.mean() - counts)
 
     def _embed(self, token_ids: Tensor) -> Tensor:
-        embedded = self.model.embed_tokens(token_ids)
-        return embedded[..., None, :].expand(*embedded.shape[:-1], self.config.hc_mult, -1)
+        """Every stream starts as the embedding: int64 [B, T] -> [n, B T, D]."""
+        embedded = self.model.embed_tokens(token_ids.flatten())
+        return embedded.expand(self.config.hc_mult, -1, -1)
 
     def _rotations(self, positions: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(rotation at the positions, frequencies) of window-only layers and of compressed ones."""
