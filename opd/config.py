@@ -2,7 +2,8 @@
 
 Hydra composes YAML onto these types, so a misspelt key or a string where a number belongs is an error before anything
 starts. `check_config` then refuses what cannot work. Field comments state the unit and what is allowed; the README's
-table of keys points here. Nothing in this file imports torch, ray or hydra.
+table of keys points here. Nothing in this file imports torch, ray or hydra. It is over the usual length because keys
+and what is allowed of them belong in one place.
 """
 
 from __future__ import annotations

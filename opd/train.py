@@ -104,10 +104,12 @@ def train(
                 with clock.phase("train"):
                     work = _plan(config, groups, signals)
                     values |= merge_stats(crew.on_all_ranks("step", work, crew.heads)) if work else {}
-                with clock.phase("publish"):
-                    crew.publish(step + 1)
                 last = step + 1 == settings.steps
-                if crew.fleet is not None and settings.eval_every and (last or (step + 1) % settings.eval_every == 0):
+                evaluates = settings.eval_every and (last or (step + 1) % settings.eval_every == 0)
+                if stage in SAMPLES or evaluates:
+                    with clock.phase("publish"):
+                        crew.publish(step + 1)
+                if crew.fleet is not None and evaluates:
                     with clock.phase("evaluate"):
                         values |= _evaluate(config, crew.fleet, domains, chat, step + 1)
                 if last or (settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0):

@@ -270,9 +270,10 @@ def test_a_tokenizer_that_the_model_brings(opd: Opd, runs: Path) -> None:
 @pytest.mark.parametrize("command", ["distill", "evaluate", "quickstart", "check"])
 def test_a_domain_without_a_teacher(command: str, opd: Opd, runs: Path) -> None:
     run = "fresh" if command == "quickstart" else "done"
-    message = refuse(opd, runs, command, "data=[say,chain_sum]", "run.overwrite=true", run=run)
+    message = refuse(opd, runs, command, "data=[say,leg_counting]", "run.overwrite=true", run=run)
     assert (
-        "data.domains.chain_sum has no teacher; teachers: say" in message and "conf/teachers/chain_sum.yaml" in message
+        "data.domains.leg_counting has no teacher; teachers: say" in message
+        and "conf/teachers/leg_counting.yaml" in message
     )
 
 

@@ -19,12 +19,13 @@ from opd.__main__ import COMMANDS, compose
 from opd.config import Config, ConfigError, DomainConfig, TeacherConfig, check_config, teacher_routes
 
 ROOT = Path(__file__).parent.parent
+TWO = ("data=[spell_backward,leg_counting]", "teachers=[spell_backward,leg_counting]")
 GROUPS = ("model", "data", "rollout", "teachers", "learner", "experiment", "runtime")
 
 
 @functools.cache
 def _composed() -> Config:
-    return compose("distill", ["runtime=local"])[0]
+    return compose("distill", ["runtime=local", "model.max_tokens=64", *TWO])[0]
 
 
 def config(**changes: Any) -> Config:
@@ -65,7 +66,7 @@ def test_defaults_are_accepted() -> None:
         ("model.max_tokens", 1, "at least 2"),
         ("tokenizer.vocab_size", 299, "at least 300"),
         ("tokenizer.samples_per_domain", 0, "at least 1"),
-        ("domain", "physics", "spell_backward, chain_sum"),
+        ("domain", "physics", "spell_backward, leg_counting"),
         ("rollout.num_workers", 0, "at least 1"),
         ("rollout.num_slots", 0, "at least 1"),
         ("rollout.sampling.top_p", 0.0, r"\(0, 1\]"),
@@ -247,11 +248,11 @@ def test_routes_that_cannot_work(teachers: dict[str, TeacherConfig], message: st
         (["+model.famly=hf"], r"model\.famly is not a key; model has: family, path"),
         (["++model.famly=hf"], r"model\.famly is not a key"),
         (["+speed=1"], r"speed is not a key; the configuration has: seed, domain, run"),
-        (["+data.domains.chain_sum.weigth=2"], r"chain_sum\.weigth is not a key; .* weight"),
-        (["teachers.chain_sum.pth=x"], r"Key 'pth' not in 'TeacherConfig'"),
-        (["teachers.chain_sum.domains=[1]"], r"teachers\.chain_sum\.domains"),
-        (["data=[chain_sum,physics]"], r"data=physics selects no file; data has: chain_sum, gsm8k_rows"),
-        (["data=physics"], r"data=physics selects no file; data has: chain_sum, gsm8k_rows"),
+        (["+data.domains.spell_backward.weigth=2", *TWO], r"spell_backward\.weigth is not a key; .* weight"),
+        (["teachers.spell_backward.pth=x", *TWO], r"Key 'pth' not in 'TeacherConfig'"),
+        (["teachers.spell_backward.domains=[1]", *TWO], r"teachers\.spell_backward\.domains"),
+        (["data=[spell_backward,physics]"], r"data=physics selects no file; data has: .*gsm8k_rows, .*spell_backward"),
+        (["data=physics"], r"data=physics selects no file; data has: .*gsm8k_rows, .*spell_backward"),
         (["model=gpt"], r"model=gpt selects no file; model has: hf, v4_tiny"),
         (["experiment=fast"], r"experiment=fast selects no file; experiment has: quickstart"),
         (["modle=hf"], r"modle"),
@@ -277,20 +278,20 @@ def test_what_does_not_compose(overrides: list[str], message: str) -> None:
 
 
 def test_lists_choose_domains_and_teachers_in_their_order() -> None:
-    chosen, plain = compose("base", ["data=[leg_counting,chain_sum]", "teachers=[chain_sum]", "run.name=mine"])
-    assert list(chosen.data.domains) == ["leg_counting", "chain_sum"]
-    assert list(chosen.teachers) == ["chain_sum"]
-    assert chosen.teachers["chain_sum"].path == "runs/mine/specialists/chain_sum/hf"
+    chosen, plain = compose("base", ["data=[leg_counting,spell_backward]", "teachers=[leg_counting]", "run.name=mine"])
+    assert list(chosen.data.domains) == ["leg_counting", "spell_backward"]
+    assert list(chosen.teachers) == ["leg_counting"]
+    assert chosen.teachers["leg_counting"].path == "runs/mine/specialists/leg_counting/hf"
     assert dataclasses.asdict(chosen).keys() == plain.keys()
-    assert plain["teachers"]["chain_sum"]["path"] == chosen.teachers["chain_sum"].path
-    assert list(compose("base", ["data=chain_sum"])[0].data.domains) == ["chain_sum"]
+    assert plain["teachers"]["leg_counting"]["path"] == chosen.teachers["leg_counting"].path
+    assert list(compose("base", ["data=leg_counting"])[0].data.domains) == ["leg_counting"]
 
 
 def test_experiment_is_over_the_groups_and_runtime_over_the_experiment_whatever_the_order_of_overrides() -> None:
     plain = compose("distill", ["~experiment"])[0]
     assert plain.run.name == "default" and plain.runtime.kind == "ray"
     quick = compose("distill", ["experiment=quickstart"])[0]
-    assert quick.run.name == "quickstart" and quick.learner.optimizer.name == "adamw"
+    assert quick.run.name == "quickstart"
     local = compose("distill", ["experiment=quickstart", "runtime=local"])[0]
     assert local.runtime.kind == "local" and local.learner.num_ranks == 1 and local.rollout.num_workers == 1
     assert local == compose("distill", ["runtime=local", "experiment=quickstart"])[0]
@@ -311,12 +312,12 @@ def test_a_domain_of_a_folder_of_the_users_own(tmp_path: Path) -> None:
     }.items():
         (tmp_path / group).mkdir()
         (tmp_path / group / "sorting.yaml").write_text(text)
-    overrides = ["data=[chain_sum,sorting]", "teachers=[chain_sum,sorting]"]
+    overrides = ["data=[spell_backward,sorting]", "teachers=[spell_backward,sorting]"]
     added = compose("distill", overrides, str(tmp_path))[0]
-    assert list(added.data.domains) == ["chain_sum", "sorting"]
+    assert list(added.data.domains) == ["spell_backward", "sorting"]
     assert added.data.domains["sorting"] == DomainConfig(task="number_sorting", num_eval=5)
-    assert added.data.domains["chain_sum"] == _composed().data.domains["chain_sum"]
-    assert teacher_routes(added) == {"chain_sum": (("chain_sum", 1.0),), "sorting": (("sorting", 0.5),)}
+    assert added.data.domains["spell_backward"] == _composed().data.domains["spell_backward"]
+    assert teacher_routes(added) == {"spell_backward": (("spell_backward", 1.0),), "sorting": (("sorting", 0.5),)}
     with pytest.raises(ConfigError, match=r"=sorting selects no file"):
         compose("distill", overrides)
     with pytest.raises(ConfigError, match=r"data=sort selects no file; data has: .*, sorting"):
@@ -344,8 +345,10 @@ def test_a_folder_of_the_users_own_must_be_there_and_hide_nothing(tmp_path: Path
     with pytest.raises(ConfigError, match=r"--config-dir .*/nowhere is not a folder"):
         compose("base", [], str(tmp_path / "nowhere"))
     (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "chain_sum.yaml").write_text("# @package data.domains.chain_sum\ntask: chain_sum\n")
-    with pytest.raises(ConfigError, match=r"data/chain_sum\.yaml is also a file of conf/"):
+    (tmp_path / "data" / "spell_backward.yaml").write_text(
+        "# @package data.domains.spell_backward\ntask: spell_backward\n"
+    )
+    with pytest.raises(ConfigError, match=r"data/spell_backward\.yaml is also a file of conf/"):
         compose("base", [], str(tmp_path))
 
 

@@ -45,7 +45,7 @@ TINY = (
     "model.config.index_head_dim=16",
     "rollout.sampling.max_new_tokens=4",
     "eval.samples=2",
-    "stages.base.steps=9",
+    "stages.base.steps=12",
     "stages.base.prompts_per_step=32",
     "stages.base.learning_rate=1e-2",
     "stages.sft.steps=30",
@@ -137,7 +137,7 @@ def teachers_at(**folders: Path) -> list[str]:
 def test_the_chain_writes_what_it_says(finished: Path) -> None:
     for name in ("config.yaml", "summary.json", "report.html", "tokenizer/tokenizer.json", "base/init/hf/config.json"):
         assert (finished / name).is_file(), name
-    stages = {"base": 9, "student": 45}
+    stages = {"base": 12, "student": 45}
     for domain in ("copy", "next"):
         stages |= {f"specialists/{domain}/sft": 30, f"specialists/{domain}/grpo": 2}
         assert (finished / "specialists" / domain / "hf").resolve() == (
@@ -208,7 +208,7 @@ def test_the_summary_has_its_shape_and_the_report_shows_it(finished: Path) -> No
 
 def test_the_student_recovers_what_its_teachers_know(finished: Path) -> None:
     for row in summary_of(finished)["domains"].values():
-        assert row["base"]["pass@1"] < 0.7
+        assert row["base"]["pass@1"] < 0.8
         assert row["teacher"]["pass@1"] > 0.9
         assert row["recovery"] > 0.8
     first, *_, last = metrics_of(finished / "student")
@@ -281,8 +281,8 @@ def test_a_student_has_nothing_to_learn_from_itself(world: World, finished: Path
     }
     # Teacher and learner run the same rows in other batches, so what is left is the rounding of a float32 product.
     for line in runs["float32"]:
-        assert abs(line["distill/reverse_kl"]) < 1e-8 and abs(line["distill/kl_max/next"]) < 1e-5
-        assert line["train/grad_norm"] < 1e-6
+        assert abs(line["distill/reverse_kl"]) < 5e-8 and abs(line["distill/kl_max/next"]) < 1e-5
+        assert line["train/grad_norm"] < 5e-6
         assert line["distill/top1_agreement/copy"] == line["distill/top1_agreement/next"] == 1
     for line, exact in zip(runs["bfloat16"], runs["float32"], strict=True):
         assert 10 * abs(exact["distill/reverse_kl"]) < line["distill/reverse_kl"] < 1e-4
@@ -316,9 +316,8 @@ def test_a_domain_added_by_files_alone(world: World, finished: Path) -> None:
 
 def test_stages_run_one_by_one_are_the_quickstart(world: World, finished: Path) -> None:
     """Piece by piece, with a base that is there already; the pieces' seeds are the chain's."""
-    settings = ["stages.base.steps=9", "stages.sft.steps=30"]
-    world.opd("base", "pieces", *settings)
-    folder = world.opd("specialist", "pieces", *settings, "domain=next")
+    world.opd("base", "pieces")
+    folder = world.opd("specialist", "pieces", "domain=next")
     for part in ("base/init/hf", "base/hf", "specialists/next/sft/hf", "specialists/next/hf"):
         assert checkpoint_hash(folder / part) == checkpoint_hash(finished / part), part
     world.opd("base", "pieces", status=2)
@@ -380,8 +379,9 @@ def test_a_hugging_face_student(world: World) -> None:
     Qwen3ForCausalLM(config).save_pretrained(world.root / "qwen")
     chat.save(world.root / "qwen")
     settings = ["model.family=hf", "model.fp4=none", f"model.path={world.root}/qwen", "stages.sft.learning_rate=5e-3"]
-    settings += ["teachers.copy.family=hf", "teachers.next.family=hf", "stages.distill.eval_every=20"]
-    world.opd("base", "qwen", *settings, "stages.base.steps=12", "stages.base.learning_rate=5e-3")
+    settings += ["teachers.copy.family=hf", "teachers.next.family=hf", "stages.distill.eval_every=40"]
+    settings += ["stages.distill.steps=80", "stages.distill.learning_rate=2e-3", "stages.distill.kl_temperature=1"]
+    world.opd("base", "qwen", *settings, "stages.base.learning_rate=5e-3")
     for domain in ("copy", "next"):
         world.opd("specialist", "qwen", *settings, f"domain={domain}")
     world.opd("distill", "qwen", *settings)
