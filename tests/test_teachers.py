@@ -186,7 +186,7 @@ def test_a_state_before_the_final_norm_fails_the_probe(paths: dict[str, str]) ->
     states, signals = scored(paths["one"])
     for given, hidden, signal in zip(TRAJECTORIES, states, signals, strict=True):
         model(torch.from_numpy(given.token_ids).long()[None], torch.tensor([len(given.token_ids)]))
-        planted = before_norm[-1][0, given.loss_mask.nonzero()[0] - 1]
+        planted = before_norm[-1][given.loss_mask.nonzero()[0] - 1]  # one row, so its tokens are the norm's rows
         assert probe_error(hidden, signal, model.head) < 1e-5
         assert probe_error(planted, signal, model.head) > TOLERANCE
 
