@@ -78,7 +78,6 @@ def train(
     domains: Mapping[str, Domain],
     chat: Chat,
     runtime: Runtime,
-    quiet: bool = False,
 ) -> str:
     """Trains `start` (a checkpoint folder) through one stage; returns the folder of the weights it ends with.
 
@@ -93,7 +92,7 @@ def train(
     crew = _hire(config, stage, start, chat, runtime)
     health, stream = Health(), PromptStream(dict(domains), config.seed)
     try:
-        with Metrics(run_dir, config.tracking, record, stage, settings.steps, quiet=quiet) as metrics:
+        with Metrics(run_dir, config.tracking, record, stage, settings.steps) as metrics:
             crew.publish(0)
             for step in range(settings.steps):
                 clock = Clock()
