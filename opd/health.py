@@ -54,6 +54,7 @@ class Levels:
     truncation_rise_steps: int = 10  # ... which takes about 30 steps from stable to all truncated
     truncation_high: float = 0.3  # above it the teacher hardly ever scores a stop
     entropy_share: float = 0.5  # of the initial entropy; reverse KL seeks modes, and pass@k goes before pass@1
+    entropy_share_of_teacher: float = 0.25  # ours: healthy students of a small model end at 0.4 to 0.5 of the teacher's
     hacking_kl_fall: float = 0.2  # ours: relative fall of the KL ...
     hacking_accuracy_fall: float = 0.1  # ... while accuracy falls by this much from its best (Fu et al., 2603.25562)
 
@@ -331,7 +332,7 @@ def _entropy_collapse(values: Mapping[str, float], history: History, levels: Lev
         teachers = history.get(f"distill/teacher_entropy/{domain}")
         teacher = fmean(teachers.last(levels.smoothing)) if teachers is not None else math.inf
         # A specialist is sharper than the base, and following it down is the aim; falling below it is not.
-        if now >= levels.entropy_share * initial or now >= levels.entropy_share * teacher:
+        if now >= levels.entropy_share * initial or now >= levels.entropy_share_of_teacher * teacher:
             continue
         greedy, sampled = history.get(f"eval/pass_at_1/{domain}"), history.get(f"eval/pass_at_k/{domain}")
         spread = ""
@@ -346,7 +347,7 @@ def _entropy_collapse(values: Mapping[str, float], history: History, levels: Lev
         message = (
             f"domain {domain}: the policy's entropy fell from {initial:.4f} to {now:.4f} nats/token, below "
             f"{levels.entropy_share:.0%} of its start"
-            f"{f' and of its teacher ({teacher:.4f})' if teacher < math.inf else ''}{spread}. The policy loses its "
+            f"{f' and {levels.entropy_share_of_teacher:.0%} of its teacher ({teacher:.4f})' if teacher < math.inf else ''}{spread}. The policy loses its "
             "variety: stop earlier, or lower the stage's learning_rate"
         )
         findings.append(Finding(rule="entropy_collapse", severity="warning", subject=domain, message=message))

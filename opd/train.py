@@ -209,7 +209,11 @@ def _hire(config: Config, stage: str, start: str, chat: Chat, runtime: Runtime) 
             name: replace(teacher, path=os.path.abspath(teacher.path) if os.path.isdir(teacher.path) else teacher.path)
             for name, teacher in config.teachers.items()
         }
-        placement = place(teachers, config.runtime.num_teacher_hosts)
+        work = dict.fromkeys(teachers, 0.0)
+        for domain, served_by in routes.items():
+            for teacher, _ in served_by:
+                work[teacher] += config.data.domains[domain].weight
+        placement = place(teachers, config.runtime.num_teacher_hosts, work)
         crew.hosts = [
             runtime.spawn(
                 TeacherHost,

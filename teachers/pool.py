@@ -99,17 +99,25 @@ class TeacherPool:
         return gathered
 
 
-def place(teachers: dict[str, TeacherConfig], num_hosts: int) -> dict[str, int]:
-    """Teacher -> host index: round robin over distinct checkpoints, so teachers that share one share a host too.
+def place(teachers: dict[str, TeacherConfig], num_hosts: int, work: dict[str, float] | None = None) -> dict[str, int]:
+    """Teacher -> host index, so that hosts have about the same to do; teachers that share a checkpoint share a host.
 
-    Example: {a: x, b: y, c: x} on 2 hosts gives {a: 0, b: 1, c: 0}.
+    `work`: trajectories per step that each teacher scores, in any unit; equal when not given. The most work is placed
+    first, on the host with the least so far (of equal ones the first). Example: {a: 3, b: 2, c: 2} on 2 hosts gives
+    {a: 0, b: 1, c: 1}.
     """
     if num_hosts < 1:
         raise ValueError(f"num_hosts={num_hosts} is too small; it must be at least 1")
-    turn = {
-        checkpoint: number for number, checkpoint in enumerate(dict.fromkeys(map(checkpoint_of, teachers.values())))
-    }
-    return {name: turn[checkpoint_of(teacher)] % num_hosts for name, teacher in teachers.items()}
+    share = dict.fromkeys(map(checkpoint_of, teachers.values()), 0.0)
+    for name, teacher in teachers.items():
+        share[checkpoint_of(teacher)] += 1.0 if work is None else work.get(name, 0.0)
+    load, host_of = [0.0] * num_hosts, {}
+    for checkpoint in sorted(share, key=lambda checkpoint: -share[checkpoint]):
+        # Teachers without work are spread too: their weights take memory.
+        host = min(range(num_hosts), key=lambda host: (load[host], list(host_of.values()).count(host)))
+        host_of[checkpoint] = host
+        load[host] += share[checkpoint]
+    return {name: host_of[checkpoint_of(teacher)] for name, teacher in teachers.items()}
 
 
 def check_teachers(student_chat: Chat, student_vocab_size: int, teachers: dict[str, TeacherConfig]) -> list[str]:
