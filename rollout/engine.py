@@ -5,7 +5,7 @@ slots; Python touches a request when it is admitted and when it has ended, not f
 on the number of slots or on the order of requests, except for floating-point rounding in the logits.
 
 Consumes requests, produces trajectories in the order of the requests, waits for nobody. Left out: preemption and the
-write-ahead log; the cache is a contiguous block per slot.
+write-ahead log; every slot has pages for a sequence of the longest kind.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 
 from opd.config import SamplingConfig
 from opd.model import DeepseekV4
-from opd.model.cache import Extension
 from opd.types import FinishReason, Trajectory, VersionSpan
 from rollout.sampling import sample, trajectory_key
 
@@ -78,6 +77,7 @@ class V4Engine:
         self.prompt_hidden = torch.zeros(num_slots + 1, width, dtype=model.head.dtype, device=device)
         self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
         self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)  # tokens in the cache
+        self.ends = np.zeros(num_slots, dtype=np.int64)  # the same, on the host
         self.limits = torch.zeros_like(self.lengths)  # tokens a finished trajectory may have at most
         self.keys = torch.zeros_like(self.lengths)  # noise stream of the slot's trajectory
         self.tokens = torch.zeros(num_slots, max_tokens, dtype=torch.int64, device=device)
@@ -96,7 +96,7 @@ class V4Engine:
         results: dict[int, Trajectory] = {}
         occupants: dict[int, int] = {}  # slot -> index of its request
         free = list(range(self.num_slots))
-        active = self.lengths.new_empty(0)
+        active = np.empty(0, dtype=np.int64)  # the occupied slots, on the host
         waiting = 0
         while len(results) < len(requests):
             left = len(requests) - waiting
@@ -106,20 +106,19 @@ class V4Engine:
                 admitted = self._admit(requests, waiting, slots, sampling)
                 waiting += len(slots)
                 going, ended = self._split(admitted)
-                active = torch.cat((active, going))
+                active = np.concatenate((active, going))
             else:
                 self._decode(active, sampling)
                 active, ended = self._split(active)
+            self.cache.release([slot for slot, _ in ended])
             for slot, reason in ended:
                 index = occupants.pop(slot)
                 results[index] = self._collect(slot, requests[index], policy_version, reason)
                 free.append(slot)
         return [results[index] for index in range(len(requests))]
 
-    def _admit(
-        self, requests: Sequence[Request], begin: int, slots: list[int], sampling: SamplingConfig
-    ) -> torch.Tensor:
-        """Seats requests[begin : begin + len(slots)] and draws their first tokens; returns the slots as a tensor.
+    def _admit(self, requests: Sequence[Request], begin: int, slots: list[int], sampling: SamplingConfig) -> np.ndarray:
+        """Seats requests[begin : begin + len(slots)] and draws their first tokens; returns the slots.
 
         A prompt is read by the first of the neighbours that share it, which the others copy. If the group goes on
         behind the last slot, its prompt stays on the shelf for the next call.
@@ -141,15 +140,15 @@ class V4Engine:
             torch.as_tensor(values, device=device) for values in (slots, sources, num_tokens, prompts)
         )
         if readers:
-            rows = torch.tensor(readers, device=device)
-            self._prefill(at_slots[rows], token_ids[rows], lengths[rows])
+            self._prefill(np.array(slots)[readers], prompts[readers], np.array(num_tokens)[readers])
             self.prefilled_tokens += sum(num_tokens[row] for row in readers)
-        copied = source != at_slots
-        self.cache.copy(source[copied], at_slots[copied])
+        copied = [row for row in range(len(slots)) if sources[row] != slots[row]]
+        self.cache.fork([sources[row] for row in copied], [slots[row] for row in copied])
         hidden = self.prompt_hidden[source]
         if end < len(requests) and sources[-1] != self.shelf and admitted[-1].token_ids == requests[end].token_ids:
-            self.cache.copy(source[-1:], torch.tensor([self.shelf], device=device))
+            self.cache.fork(sources[-1:], [self.shelf])
             self.prompt_hidden[self.shelf] = hidden[-1]
+        self.ends[slots] = num_tokens
         self.tokens[at_slots, : token_ids.shape[1]] = token_ids
         self.lengths[at_slots] = lengths
         self.limits[at_slots] = (lengths + sampling.max_new_tokens).clamp(max=self.max_tokens)
@@ -157,26 +156,25 @@ class V4Engine:
             [trajectory_key(request.trajectory_id, self.seed) for request in admitted], device=device
         )
         self._draw(at_slots, hidden, sampling)
-        return at_slots
+        return np.array(slots)
 
-    def _prefill(self, slots: torch.Tensor, token_ids: torch.Tensor, lengths: torch.Tensor) -> None:
+    def _prefill(self, slots: np.ndarray, prompts: np.ndarray, lengths: np.ndarray) -> None:
         """Reads right-padded prompts [B, T] into their slots' caches and keeps their last hidden state."""
-        for begin in range(0, len(slots), max(1, PREFILL_TOKENS // token_ids.shape[1])):
-            part = slice(begin, begin + max(1, PREFILL_TOKENS // token_ids.shape[1]))
-            real = lengths[part]
-            width = int(real.max())
-            positions = torch.arange(width, device=slots.device).expand(len(real), -1)
-            at = Extension(slots[part], torch.zeros_like(real), real, positions, width)
-            hidden = self.model.extend(token_ids[part, :width], self.cache, at)
-            self.prompt_hidden[slots[part]] = hidden[torch.arange(len(real), device=slots.device), real - 1]
+        rows_at_once = max(1, PREFILL_TOKENS // prompts.shape[1])
+        for begin in range(0, len(slots), rows_at_once):
+            part = slice(begin, begin + rows_at_once)
+            at = self.cache.extension(slots[part], np.zeros_like(lengths[part]), lengths[part])
+            token_ids = torch.as_tensor(prompts[part, : at.positions.shape[1]], device=at.slots.device)
+            hidden = self.model.extend(token_ids, self.cache, at)
+            self.prompt_hidden[at.slots] = hidden[torch.arange(len(at.slots), device=at.slots.device), at.lengths - 1]
 
-    def _decode(self, slots: torch.Tensor, sampling: SamplingConfig) -> None:
+    def _decode(self, slots: np.ndarray, sampling: SamplingConfig) -> None:
         """One more token for every slot: feed the last one drawn, draw the next."""
-        starts = self.lengths[slots]
-        at = Extension(slots, starts, torch.ones_like(starts), starts[:, None], int(starts.max()) + 1)
-        hidden = self.model.extend(self.tokens[slots, starts][:, None], self.cache, at)
-        self.lengths[slots] = starts + 1
-        self._draw(slots, hidden[:, 0], sampling)
+        at = self.cache.extension(slots, self.ends[slots], np.ones_like(slots))
+        hidden = self.model.extend(self.tokens[at.slots, at.starts][:, None], self.cache, at)
+        self.ends[slots] += 1
+        self.lengths[at.slots] = at.starts + 1
+        self._draw(at.slots, hidden[:, 0], sampling)
 
     def _draw(self, slots: torch.Tensor, hidden: torch.Tensor, sampling: SamplingConfig) -> None:
         """Draws the token that follows the cached ones, at index `lengths`; it is not in the cache yet."""
@@ -186,15 +184,17 @@ class V4Engine:
         self.tokens[slots, positions] = tokens
         self.logprobs[slots, positions] = logprobs
 
-    def _split(self, slots: torch.Tensor) -> tuple[torch.Tensor, list[tuple[int, FinishReason]]]:
+    def _split(self, slots: np.ndarray) -> tuple[np.ndarray, list[tuple[int, FinishReason]]]:
         """The slots that go on, and those whose last token is a stop token or the last one allowed, with the reason."""
-        positions = self.lengths[slots]
-        stopped = torch.isin(self.tokens[slots, positions], self.stop_ids)
-        over = stopped | (positions + 1 >= self.limits[slots])
-        if not bool(over.any()):
-            return slots, []
-        ended = zip(slots[over].tolist(), stopped[over].tolist(), strict=True)
-        return slots[~over], [(slot, "stop" if stop else "length") for slot, stop in ended]
+        at = torch.as_tensor(slots, device=self.lengths.device)
+        positions = self.lengths[at]
+        stopped = torch.isin(self.tokens[at, positions], self.stop_ids)
+        # One trip to the host for both answers.
+        over, stop = torch.stack((stopped | (positions + 1 >= self.limits[at]), stopped)).cpu().numpy()
+        return slots[~over], [
+            (int(slot), "stop" if by_token else "length")
+            for slot, by_token in zip(slots[over], stop[over], strict=True)
+        ]
 
     def _collect(self, slot: int, request: Request, version: int, reason: FinishReason) -> Trajectory:
         sampled = slice(len(request.token_ids), int(self.lengths[slot]) + 1)

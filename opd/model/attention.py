@@ -5,17 +5,23 @@ entry; CSA (m = 4) overlaps its blocks and lets an indexer pick entries, HCA (m 
 Two ways through the same equations: `forward` over whole right-padded sequences, for training and scoring, and `extend`
 against a cache, for chunked prefill and decoding. A query at t may use block i iff i < floor((t + 1) / m).
 
-This file masks a dense score matrix: exact, quadratic in length. Blocked sparse attention is not in it.
+The softmax itself and its backward are in `sparse`.
 """
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from opd.model.cache import CompressorState, Extension, LayerCache
 from opd.model.layers import GroupedLinear, RMSNorm, rope_rotation, rotate, unit_rms
+from opd.model.sparse import BLOCK_ELEMENTS, QUERY_BLOCK, Reach, entry_shares, sparse_attention, top_entries
+
+Indexing = Literal["off", "dense", "sparse"]
 
 
 class Compressor(nn.Module):
@@ -97,7 +103,7 @@ class Compressor(nn.Module):
         else:
             kv, gate = kv[row[:, None], own], gate[row[:, None], own]
         entries = self._pool(kv, gate, rope_rotation(block * m, frequencies))
-        state.entries[slots[row], block] = entries.to(state.entries.dtype)
+        at.write_entries(state, rows[row], block, entries)
 
     def _pool(self, kv: Tensor, gate: Tensor, rotation: Tensor) -> Tensor:
         """Softmax-weighted sum over the candidates (dimension -2), then norm and RoPE."""
@@ -126,17 +132,47 @@ class Indexer(Compressor):
         self.q_b_proj = nn.Linear(query_rank, heads * width, bias=False)
         self.scorer = IndexerScorer(hidden_size, heads)
 
-    def select(
-        self, h_BTD: Tensor, query_BTR: Tensor, keys_BMC: Tensor, visible_BTM: Tensor, rotation: Tensor
-    ) -> Tensor:
-        """The entries each query attends to, bool [B, T, M]: the top-k of the visible ones by index score."""
+    def queries(self, h_BTD: Tensor, latent_BTR: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """Index queries [B, T, Hi, C], rotated, and the heads' weights [B, T, Hi], in at least float32."""
+        query = rotate(self.q_b_proj(latent_BTR).unflatten(-1, (self.heads, self.width)), rotation[..., None, :])
+        weights = self.scorer.weights_proj(h_BTD) * (self.width * self.heads) ** -0.5
+        return _widen(query), _widen(weights)
+
+    @torch.no_grad()
+    def pick(self, h_BTD: Tensor, latent_BTR: Tensor, keys_BMC: Tensor, visible_BT: Tensor, rotation: Tensor) -> Tensor:
+        """The entries each query attends to, int64 [B, T, topk]: the best of the visible ones by index score, -1 for
+        a place that nothing fills. Blocked over queries: no more than BLOCK_ELEMENTS scores exist at a time."""
         batch, length, _ = h_BTD.shape
-        query = rotate(self.q_b_proj(query_BTR).view(batch, length, self.heads, self.width), rotation)
-        scores = torch.relu(torch.einsum("bthc,bmc->bthm", query.float(), keys_BMC.float()))
-        weights = self.scorer.weights_proj(h_BTD).float() * (self.width * self.heads) ** -0.5
-        scores = torch.einsum("bth,bthm->btm", weights, scores).masked_fill(~visible_BTM, -torch.inf)
-        best = scores.sort(dim=-1, descending=True, stable=True).indices[..., : self.topk]
-        return torch.zeros_like(visible_BTM).expand_as(scores).scatter(-1, best, True) & visible_BTM
+        query, weights = self.queries(h_BTD, latent_BTR, rotation)
+        keys = _widen(keys_BMC)
+        size = max(1, min(length, BLOCK_ELEMENTS // (4 * batch * self.heads * keys.shape[1])))
+        picks = torch.empty(batch, length, min(self.topk, keys.shape[1]), dtype=torch.int64, device=keys.device)
+        for begin in range(0, length, size):
+            part = slice(begin, begin + size)
+            scores = index_scores(query[:, part], weights[:, part], keys)
+            hidden = torch.arange(keys.shape[1], device=keys.device) >= visible_BT[:, part, None]
+            picks[:, part] = top_entries(scores.masked_fill_(hidden, -torch.inf), self.topk)
+        return picks
+
+
+def index_scores(query_BTHC: Tensor, weights_BTH: Tensor, keys_BMC: Tensor) -> Tensor:
+    """sum_h w_h relu(q_h . k_m): [B, T, H, C], [B, T, H], [B, M, C] -> [B, T, M] (V4 report equation 16)."""
+    batch, length, heads, width = query_BTHC.shape
+    products = torch.bmm(query_BTHC.reshape(batch, length * heads, width), keys_BMC.mT).relu_()
+    products = products.view(batch * length, heads, -1)
+    return torch.bmm(weights_BTH.reshape(batch * length, 1, heads), products).view(batch, length, -1)
+
+
+class IndexReport(NamedTuple):
+    """What training the indexer of a layer needs and what it is judged by, both scalars.
+
+    loss: mean over queries of KL(attention shares || softmax of the index scores), nats. recall: attention mass of the
+    entries the indexer picks over the mass of the best ones there are, no gradient, sampled queries. Means are over
+    real queries that have something to choose; zero when there are none.
+    """
+
+    loss: Tensor
+    recall: Tensor
 
 
 class Attention(nn.Module):
@@ -167,47 +203,84 @@ class Attention(nn.Module):
         self.sinks = nn.Parameter(torch.zeros(heads))
         self.compressor = compressor
 
-    def forward(self, h_BTD: Tensor, rotation: Tensor, frequencies: Tensor) -> Tensor:
-        """Whole sequences from position 0, right-padded: [B, T, D] -> [B, T, D]."""
-        length = h_BTD.shape[1]
-        positions = torch.arange(length, device=h_BTD.device)
-        query_rank, query = self._queries(h_BTD, rotation)
-        keys = rotate(self.kv_norm(self.kv_proj(h_BTD)), rotation)
-        visible = window_mask(positions[None], positions[None], self.window)
-        if self.compressor is not None and length >= self.compressor.ratio:
-            entries = self.compressor.compress(h_BTD, frequencies)
-            usable = block_mask(positions[None], entries.shape[1], self.compressor.ratio)
-            indexer = getattr(self.compressor, "indexer", None)
-            if indexer is not None and entries.shape[1] > indexer.topk:
-                index_keys = indexer.compress(h_BTD, frequencies)
-                usable = indexer.select(h_BTD, query_rank, index_keys, usable, rotation[..., None, :])
-                visible = visible.expand(len(h_BTD), -1, -1)
-            keys, visible = torch.cat((keys, entries), dim=1), torch.cat((visible, usable), dim=-1)
-        return self._output(attend(query, keys, visible, self.sinks), rotation)
+    def forward(
+        self,
+        h_BTD: Tensor,
+        rotation: Tensor,
+        frequencies: Tensor,
+        lengths: Tensor | None = None,
+        indexing: Indexing = "off",
+    ) -> tuple[Tensor, IndexReport | None]:
+        """Whole sequences from position 0, right-padded: [B, T, D] -> [B, T, D].
+
+        `indexing` trains the indexer on the real queries (`lengths` [B]): "dense" attends to every visible entry and
+        compares over all of them (warm-up), "sparse" attends to the picks and compares over those. Inputs of the
+        indexer are detached, so its loss moves the indexer alone. None where no query has more entries than top-k.
+        """
+        batch, length, _ = h_BTD.shape
+        latent, query = self._queries(h_BTD, rotation)
+        recent = rotate(self.kv_norm(self.kv_proj(h_BTD)), rotation)
+        if self.compressor is None or length < self.compressor.ratio:
+            mixed = sparse_attention(query, recent, None, self.sinks, Reach(self.window))
+            return self._output(mixed, rotation), None
+        entries = self.compressor.compress(h_BTD, frequencies)
+        ratio = self.compressor.ratio
+        visible = ((torch.arange(length, device=h_BTD.device) + 1) // ratio)[None]
+        reach = Reach(self.window, visible=visible, ratio=ratio)
+        indexer: Indexer | None = getattr(self.compressor, "indexer", None)
+        report = None
+        if indexer is not None and entries.shape[1] > indexer.topk:
+            with torch.set_grad_enabled(indexing != "off" and torch.is_grad_enabled()):
+                keys = indexer.compress(h_BTD.detach(), frequencies)
+            sparse = reach._replace(
+                picks=indexer.pick(h_BTD, latent, keys, visible.expand(batch, -1), rotation),
+            )
+            if indexing != "off":
+                real = visible.new_full((batch,), length) if lengths is None else lengths
+                compared = reach if indexing == "dense" else sparse
+                attended = (query.detach(), recent.detach(), entries.detach(), self.sinks.detach())
+                inputs = (h_BTD.detach(), latent.detach(), keys, rotation)
+                loss = indexer_loss(indexer, inputs, attended, compared, real)
+                report = IndexReport(loss, indexer_recall(indexer.topk, attended, reach, sparse, real))
+            if indexing != "dense":
+                reach = sparse
+        return self._output(sparse_attention(query, recent, entries, self.sinks, reach), rotation), report
 
     def extend(self, h_BTD: Tensor, rotation: Tensor, frequencies: Tensor, cache: LayerCache, at: Extension) -> Tensor:
-        """New tokens of the sequences in `at.slots`, attending to the cache and to each other: [B, T, D]."""
-        query_rank, query = self._queries(h_BTD, rotation)
+        """New tokens of the sequences in `at.slots`, attending to the cache and to each other: [B, T, D].
+
+        A decoding step reads its window, its picks and the index keys; nothing else of a CSA layer's cache.
+        """
+        latent, query = self._queries(h_BTD, rotation)
         new_keys = rotate(self.kv_norm(self.kv_proj(h_BTD)), rotation)
-        ring, ring_positions = at.read_ring(cache.window)
-        key_positions = torch.cat((ring_positions, at.positions), dim=1)
-        keys = [ring.to(new_keys.dtype), new_keys]
-        visible = [window_mask(at.positions, key_positions, self.window)]
+        dtype = new_keys.dtype
+        past, first = at.read_ring(cache.window, cache.format, dtype)
+        recent = torch.cat((past, new_keys), 1)
+        reach = Reach(self.window, past=past.shape[1], first=first)
+        entries = None
         if self.compressor is not None and cache.compressor is not None:
             self.compressor.extend(h_BTD, cache.compressor, at, frequencies)
-            indexer = getattr(self.compressor, "indexer", None)
+            indexer: Indexer | None = getattr(self.compressor, "indexer", None)
             if indexer is not None and cache.indexer is not None:
                 indexer.extend(h_BTD, cache.indexer, at, frequencies)
-            blocks = at.max_end // self.compressor.ratio
-            if blocks:
-                usable = block_mask(at.read_positions(), blocks, self.compressor.ratio)
-                if indexer is not None and cache.indexer is not None and blocks > indexer.topk:
-                    index_keys = cache.indexer.entries[at.slots, :blocks].to(h_BTD.dtype)
-                    usable = indexer.select(h_BTD, query_rank, index_keys, usable, rotation[..., None, :])
-                keys.append(cache.compressor.entries[at.slots, :blocks].to(new_keys.dtype))
-                visible.append(usable)
-        at.write_ring(cache.window, new_keys)
-        return self._output(attend(query, torch.cat(keys, 1), torch.cat(visible, -1), self.sinks), rotation)
+            ratio = self.compressor.ratio
+            blocks = at.max_end // ratio
+            visible = (at.read_positions() + 1) // ratio
+            reach = reach._replace(visible=visible, ratio=ratio, base=at.max_end)
+            if blocks and indexer is not None and cache.indexer is not None and blocks > indexer.topk:
+                keys = at.read_entries(cache.indexer, blocks, ratio, dtype)
+                picks = indexer.pick(h_BTD, latent, keys, visible, rotation)
+                if picks.shape[1] == 1:
+                    # Picks come first in their row, so what is gathered is a prefix: dense attention to a few entries.
+                    entries = at.read_picks(cache.compressor, picks[:, 0], dtype)
+                    reach = reach._replace(visible=(picks >= 0).sum(-1), ratio=1)
+                else:
+                    entries = at.read_entries(cache.compressor, blocks, ratio, dtype)
+                    reach = reach._replace(picks=picks)
+            elif blocks:
+                entries = at.read_entries(cache.compressor, blocks, ratio, dtype)
+        at.write_ring(cache.window, cache.format.encode(new_keys))
+        return self._output(sparse_attention(query, recent, entries, self.sinks, reach), rotation)
 
     def _queries(self, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """The normalised query latent (the indexer reads it too) and the rotated, unit-RMS heads [B, T, H, C]."""
@@ -221,38 +294,72 @@ class Attention(nn.Module):
         return self.o_b_proj(self.o_a_proj(turned.reshape(*turned.shape[:2], self.o_a_proj.groups, -1)))
 
 
-def window_mask(query_positions: Tensor, key_positions: Tensor, window: int) -> Tensor:
-    """bool [B, T, S]: the key is one of the `window` tokens up to and including the query. Negative keys never are."""
-    distance = query_positions[:, :, None] - key_positions[:, None, :]
-    return (distance >= 0) & (distance < window) & (key_positions >= 0)[:, None, :]
+Attended = tuple[Tensor, Tensor, Tensor, Tensor]  # query, recent keys, entries, sinks: what attention is made of
 
 
-def block_mask(query_positions: Tensor, blocks: int, ratio: int) -> Tensor:
-    """bool [B, T, blocks]: block i is complete when query t is read, i < floor((t + 1) / ratio)."""
-    index = torch.arange(blocks, device=query_positions.device)
-    return index < ((query_positions + 1) // ratio)[..., None]
+def indexer_loss(
+    indexer: Indexer, inputs: tuple[Tensor, Tensor, Tensor, Tensor], attended: Attended, reach: Reach, lengths: Tensor
+) -> Tensor:
+    """KL from how attention shares its mass among the entries to softmax(index scores), mean over choosing queries.
 
-
-def attend(query_BTHC: Tensor, keys_BSC: Tensor, visible_BTS: Tensor, sinks_H: Tensor) -> Tensor:
-    """Attention of all heads to one shared key-value vector per entry, with a learned sink per head.
-
-    [B, T, H, C], [B, S, C], bool [B or 1, T, S], [H] -> [B, T, H, C]. The sink is one more entry whose key and value
-    are zero and whose logit is the sink: it takes probability and adds nothing. Softmax in at least float32.
+    The target is attention summed over heads and normalised over the entries compared, all visible ones or the picks
+    (DeepSeek-V3.2 section 2.1, the rule for V4 is not published). `inputs`: the layer's input, the query latent, the
+    index keys, the rotation. A query counts when it is real and may see more entries than top-k. Queries go block by
+    block and each block is computed again in the backward: memory is linear in length.
     """
-    batch, length, heads, width = query_BTHC.shape
-    # Keys nobody may see can hold anything (unwritten cache); zero times NaN would still be NaN.
-    readable = visible_BTS.any(1).to(torch.bool)[..., None]
-    keys = F.pad(torch.where(readable, keys_BSC, torch.zeros((), dtype=keys_BSC.dtype)), (0, 0, 0, 1))
-    logits = torch.bmm(query_BTHC.reshape(batch, length * heads, width), keys.transpose(1, 2))
-    logits = logits.view(batch, length, heads, -1)
-    wide = logits.dtype if logits.dtype == torch.float64 else torch.float32
-    blocked = torch.zeros(visible_BTS.shape, dtype=wide, device=keys.device).masked_fill_(~visible_BTS, -torch.inf)
-    bias = torch.cat(
-        (
-            blocked[:, :, None].expand(-1, -1, heads, -1),
-            sinks_H.to(wide)[None, None, :, None].expand(len(blocked), length, -1, -1),
-        ),
-        dim=-1,
-    )
-    weights = torch.softmax(torch.add(bias, logits, alpha=width**-0.5), dim=-1).to(keys.dtype)
-    return torch.bmm(weights.view(batch, length * heads, -1), keys).view(query_BTHC.shape)
+    h, latent, keys, rotation = inputs
+    length = h.shape[1]
+    assert reach.visible is not None
+    counted = _choosing(indexer.topk, reach.visible, lengths)
+    size = max(1, min(QUERY_BLOCK, BLOCK_ELEMENTS // (4 * len(h) * indexer.heads * keys.shape[1])))
+    total = _widen(h).new_zeros(())
+    for begin in range(0, length, size):
+        part = slice(begin, begin + size)
+        if not bool(counted[:, part].any()):
+            continue
+        with torch.no_grad():
+            target = entry_shares(*attended, reach, begin, min(begin + size, length))
+
+        def divergence(h: Tensor, latent: Tensor, keys: Tensor, part: slice = part, target: Tensor = target) -> Tensor:
+            query, weights = indexer.queries(h, latent, rotation[:, part])
+            scores = index_scores(query, weights, _widen(keys))
+            if reach.picks is not None:
+                picks = reach.picks[:, part]
+                scores = scores.gather(-1, picks.clamp(min=0)).masked_fill(picks < 0, -torch.inf)
+            else:
+                hidden = torch.arange(keys.shape[1], device=keys.device) >= reach.visible[:, part, None]  # type: ignore[index]
+                scores = scores.masked_fill(hidden, -torch.inf)
+            log_share = torch.log_softmax(scores, -1).masked_fill(scores == -torch.inf, 0.0)
+            kl = (torch.xlogy(target, target) - target * log_share).sum(-1)
+            return kl[counted[:, part]].sum()
+
+        total = total + checkpoint(divergence, h[:, part], latent[:, part], keys, use_reentrant=False)
+    return total / counted.sum().clamp(min=1)
+
+
+RECALL_QUERIES = 32  # the last ones of a batch's longest sequences: those with the most to choose from
+
+
+@torch.no_grad()
+def indexer_recall(topk: int, attended: Attended, dense: Reach, sparse: Reach, lengths: Tensor) -> Tensor:
+    """Share of the best top-k's attention mass that the picks have, mean over up to RECALL_QUERIES queries per row."""
+    assert dense.visible is not None and sparse.picks is not None
+    end = int(lengths.max())
+    begin = max(0, end - RECALL_QUERIES)
+    counted = _choosing(topk, dense.visible, lengths)[:, begin:end]
+    shares = entry_shares(*attended, dense, begin, end)
+    picks = sparse.picks[:, begin:end]
+    found = (shares.gather(-1, picks.clamp(min=0)) * (picks >= 0)).sum(-1)
+    best = shares.topk(min(topk, shares.shape[-1]), dim=-1).values.sum(-1)
+    ratio = found / best.clamp(min=torch.finfo(best.dtype).tiny)
+    return (ratio * counted).sum() / counted.sum().clamp(min=1)
+
+
+def _choosing(topk: int, visible_BT: Tensor, lengths_B: Tensor) -> Tensor:
+    """bool [B, T]: real queries that may see more entries than they can pick."""
+    real = torch.arange(visible_BT.shape[1], device=visible_BT.device) < lengths_B[:, None]
+    return real & (visible_BT > topk)
+
+
+def _widen(x: Tensor) -> Tensor:
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()

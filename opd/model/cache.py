@@ -1,16 +1,113 @@
-"""What decoding remembers, per slot: a ring of recent keys, compressor tails, compressed entries (V4 report 3.5).
+"""What decoding remembers: a ring of recent keys and compressor tails per slot, compressed entries in pages.
 
-Every tensor's first dimension is the slot, so that requests at different positions advance together and a prompt's
-state is handed to the other samples of its group by one copy. Sizes are fixed at construction: nothing grows while
-decoding. Slots are not cleared on reuse; positions decide what is visible.
+V4 report 3.5. A page covers `page_tokens` positions of one sequence in every layer at once: its CSA entries, its index
+keys, its HCA entries. Slots hold page numbers, so samples of one prompt share its pages until one of them writes: the
+page that is written next is then copied first. The ring and the tails are small, of fixed size, and copied outright.
+
+Two layouts. "plain" stores the model's dtype. "packed" is the deployed one: keys and entries with FP8 channels and BF16
+RoPE channels, index keys in MXFP4, tails in float32 (report 3.5, the released kernels). Page numbers are decided on the
+host, in numpy; everything else stays on the device. Slots are not cleared on reuse: positions decide what is visible.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from opd.fp4 import BLOCK, dequantize, quantize
+from opd.types import Fp4Tensor
+
+Layout = Literal["plain", "packed"]
+
+FP8_TILE = 64  # channels that share one scale
+FP8_MAX = 448.0
+FP8_FLOOR = 1e-4  # of a tile's largest magnitude: an all-zero tile gets a small scale, not a zero one
+
+
+class OutOfPages(RuntimeError):
+    """No free page is left: the caller must release a sequence before it extends this one."""
+
+
+@dataclass(slots=True, frozen=True)
+class RowFormat:
+    """How one row of `width` channels, the last `rope_dim` of them rotated, is stored.
+
+    kind plain: `width` numbers of `dtype`. kind fp8: E4M3 for the channels before the RoPE ones, in tiles of 64, then
+    BF16 for the RoPE ones, then one UE8M0 byte per tile, padded to 8 bytes (584 for 448 + 64). kind fp4: MXFP4 codes,
+    then one UE8M0 byte per 32 channels (68 for 128).
+    """
+
+    kind: Literal["plain", "fp8", "fp4"]
+    width: int
+    rope_dim: int
+    dtype: torch.dtype
+
+    @property
+    def storage(self) -> tuple[int, torch.dtype]:
+        """(numbers, dtype) of a stored row."""
+        match self.kind:
+            case "plain":
+                return self.width, self.dtype
+            case "fp8":
+                size = self.width + self.rope_dim + -(-(self.width - self.rope_dim) // FP8_TILE)
+                return -(-size // 8) * 8, torch.uint8
+            case "fp4":
+                return self.width // 2 + self.width // BLOCK, torch.uint8
+
+    @property
+    def num_bytes(self) -> int:
+        size, dtype = self.storage
+        return size * dtype.itemsize
+
+    def encode(self, values: Tensor) -> Tensor:
+        """[..., width] of any float dtype -> [..., stored size]."""
+        size, dtype = self.storage
+        match self.kind:
+            case "plain":
+                return values.to(dtype)
+            case "fp4":
+                packed = quantize(values.float())
+                return torch.cat((packed.codes, packed.scales), -1)
+            case "fp8":
+                plain = self.width - self.rope_dim
+                tiles = self._tiles(values[..., :plain].float())
+                amax = tiles.abs().amax(-1, keepdim=True).clamp(min=FP8_FLOOR)
+                exponent = torch.ceil(torch.log2(amax / FP8_MAX))
+                # log2 may round an exact power up or down by one place; a tile must fit and must not waste a bit.
+                exponent += (torch.ldexp(torch.full_like(amax, FP8_MAX), exponent) < amax).to(exponent.dtype)
+                scaled = torch.ldexp(tiles, -exponent).flatten(-2)[..., :plain].to(torch.float8_e4m3fn)
+                rope = values[..., plain:].to(torch.bfloat16).contiguous().view(torch.uint8)
+                scales = (exponent.squeeze(-1) + 127).to(torch.uint8)
+                row = torch.cat((scaled.view(torch.uint8), rope, scales), -1)
+                return torch.nn.functional.pad(row, (0, size - row.shape[-1]))
+
+    def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
+        """[..., stored size] -> [..., width] of `dtype`."""
+        match self.kind:
+            case "plain":
+                return rows.to(dtype)
+            case "fp4":
+                codes, scales = rows.split([self.width // 2, self.width // BLOCK], -1)
+                shape = (*rows.shape[:-1], self.width)
+                return dequantize(Fp4Tensor(codes=codes, scales=scales.contiguous(), shape=shape)).to(dtype)
+            case "fp8":
+                plain, tiles = self.width - self.rope_dim, -(-(self.width - self.rope_dim) // FP8_TILE)
+                elements, rope, scales, _ = rows.split(
+                    [plain, 2 * self.rope_dim, tiles, rows.shape[-1] - plain - 2 * self.rope_dim - tiles], -1
+                )
+                values = self._tiles(elements.contiguous().view(torch.float8_e4m3fn).float())
+                values = torch.ldexp(values, scales.int().unsqueeze(-1) - 127).flatten(-2)[..., :plain]
+                return torch.cat((values.to(dtype), rope.contiguous().view(torch.bfloat16).to(dtype)), -1)
+
+    def _tiles(self, values: Tensor) -> Tensor:
+        """[..., plain channels] -> [..., tiles, 64], the last one filled up with zeros."""
+        return torch.nn.functional.pad(values, (0, -values.shape[-1] % FP8_TILE)).unflatten(-1, (-1, FP8_TILE))
 
 
 @dataclass(slots=True)
@@ -19,50 +116,182 @@ class CompressorState:
 
     kv: Tensor  # [slots, R, series * C], ring by position
     gate: Tensor  # [slots, R, series * C], position bias added
-    entries: Tensor  # [slots, max blocks, C]
+    entries: Tensor  # [pages, entries per page, stored size]
+    format: RowFormat
+
+    @property
+    def per_page(self) -> int:
+        return self.entries.shape[1]
 
 
 @dataclass(slots=True)
 class LayerCache:
-    window: Tensor  # [slots, sliding_window, C], ring by position, rotated
+    window: Tensor  # [slots, sliding_window, stored size], ring by position, rotated
+    format: RowFormat
     compressor: CompressorState | None = None
     indexer: CompressorState | None = None
 
-    def tensors(self) -> list[Tensor]:
-        states = [state for state in (self.compressor, self.indexer) if state is not None]
-        return [self.window, *(tensor for state in states for tensor in (state.kv, state.gate, state.entries))]
+    def states(self) -> list[CompressorState]:
+        return [state for state in (self.compressor, self.indexer) if state is not None]
+
+    def per_slot(self) -> list[Tensor]:
+        """Tensors whose first dimension is the slot."""
+        return [self.window, *(tensor for state in self.states() for tensor in (state.kv, state.gate))]
+
+    def paged(self) -> list[Tensor]:
+        """Tensors whose first dimension is the page."""
+        return [state.entries for state in self.states()]
 
 
 @dataclass(slots=True)
 class Cache:
-    """The layers' caches for `num_slots` sequences of at most `max_tokens`."""
+    """The layers' caches for `num_slots` sequences of at most `max_tokens`, on `num_pages` pages that they share."""
 
     num_slots: int
     max_tokens: int
+    page_tokens: int
+    num_pages: int
     layers: list[LayerCache] = field(default_factory=list)
+    table: np.ndarray = field(init=False)  # int64 [slots, pages of max_tokens], -1 for none
+    references: np.ndarray = field(init=False)  # int64 [pages], slots that hold the page
+    free: list[int] = field(init=False)  # page numbers; the lowest is taken first
 
-    def copy(self, source: Tensor, destination: Tensor) -> None:
-        """State of slots `source` into slots `destination` (int64 [k] each; no slot may be in both)."""
-        for layer in self.layers:
-            for tensor in layer.tensors():
+    def __post_init__(self) -> None:
+        self.table = np.full((self.num_slots, -(-self.max_tokens // self.page_tokens)), -1, dtype=np.int64)
+        self.references = np.zeros(self.num_pages, dtype=np.int64)
+        self.free = list(range(self.num_pages - 1, -1, -1))
+
+    def extension(
+        self,
+        slots: Sequence[int] | np.ndarray,
+        starts: Sequence[int] | np.ndarray,
+        lengths: Sequence[int] | np.ndarray,
+        width: int | None = None,
+    ) -> Extension:
+        """Where a call of `extend` stands: slot slots[b] goes on at position starts[b] with lengths[b] >= 1 new tokens.
+
+        `width` is the padded number of columns, at least the longest row. Takes the pages the new tokens need, and
+        copies a shared one before it is written. A slot that starts at 0 lets go of what it held. Raises ValueError
+        past `max_tokens`, OutOfPages when there is no page, in both cases with nothing changed.
+        """
+        slots, starts, lengths = (np.asarray(values, dtype=np.int64) for values in (slots, starts, lengths))
+        ends = starts + lengths
+        max_end = int(ends.max())
+        if max_end > self.max_tokens:
+            raise ValueError(f"a sequence of {max_end} tokens does not fit a cache of {self.max_tokens}")
+        self._reserve(slots, starts, ends)
+        width = int(lengths.max()) if width is None else width
+        device = self.layers[0].window.device
+        at_starts = torch.as_tensor(starts, device=device)
+        return Extension(
+            slots=torch.as_tensor(slots, device=device),
+            starts=at_starts,
+            lengths=torch.as_tensor(lengths, device=device),
+            positions=at_starts[:, None] + torch.arange(width, device=device),
+            max_end=max_end,
+            pages=torch.as_tensor(self.table[slots, : -(-max_end // self.page_tokens)], device=device),
+        )
+
+    def _reserve(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+        first, last = starts // self.page_tokens, (ends - 1) // self.page_tokens
+        fresh = (starts == 0) & (self.table[slots, 0] >= 0)
+        held = self.table[slots, first]
+        # A decoding step touches nothing here unless a row enters a page or writes to one it shares.
+        quiet = ~fresh & (first == last) & (held >= 0) & (self.references[held] == 1)
+        rows = np.flatnonzero(~quiet)
+        if not len(rows):
+            return
+        returned = self.table[slots[fresh]]
+        returned = returned[returned >= 0]
+        gone = int((np.bincount(returned, minlength=self.num_pages) == self.references)[np.unique(returned)].sum())
+        needed = 0
+        for row in rows:
+            pages = self.table[slots[row], first[row] : last[row] + 1]
+            mine = (pages >= 0) & (self.references[pages] == 1) & ~fresh[row]
+            needed += int((~mine).sum())
+        if needed > len(self.free) + gone:
+            raise OutOfPages(f"{needed} pages are needed, {len(self.free) + gone} of {self.num_pages} are free")
+        self.release(slots[fresh])
+        copies: list[tuple[int, int]] = []
+        for row in rows:
+            slot = slots[row]
+            for page in range(first[row], last[row] + 1):
+                old = self.table[slot, page]
+                if old >= 0 and self.references[old] == 1:
+                    continue
+                new = self.free.pop()
+                if old >= 0:
+                    self.references[old] -= 1
+                    copies.append((old, new))
+                self.references[new] = 1
+                self.table[slot, page] = new
+        if copies:
+            source, destination = torch.tensor(copies, device=self.layers[0].window.device).T
+            for tensor in (tensor for layer in self.layers for tensor in layer.paged()):
                 tensor[destination] = tensor[source]
 
+    def release(self, slots: Sequence[int] | np.ndarray) -> None:
+        """Gives back the pages of slots whose sequences have ended; what they share with others stays."""
+        for slot in slots:
+            held = self.table[slot][self.table[slot] >= 0]
+            self.references[held] -= 1
+            self.free += [int(page) for page in held[::-1] if self.references[page] == 0]
+            self.table[slot] = -1
+
+    def fork(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
+        """Slot destinations[i] goes on from the state of sources[i]: pages shared, ring and tails copied. No slot may
+        be in both; a destination lets go of what it held."""
+        if not len(sources):
+            return
+        self.release(destinations)
+        self.table[destinations] = self.table[sources]
+        held = self.table[destinations]
+        np.add.at(self.references, held[held >= 0], 1)
+        device = self.layers[0].window.device
+        source, destination = torch.as_tensor(sources, device=device), torch.as_tensor(destinations, device=device)
+        for tensor in (tensor for layer in self.layers for tensor in layer.per_slot()):
+            tensor[destination] = tensor[source]
+
+    def snapshot(self, slot: int) -> list[Tensor]:
+        """Copies of everything `slot` holds, to be given to `restore` of a cache of the same shape."""
+        held = torch.as_tensor(self.table[slot][self.table[slot] >= 0], device=self.layers[0].window.device)
+        return [
+            tensor.clone()
+            for layer in self.layers
+            for tensor in (*(t[slot] for t in layer.per_slot()), *(t[held] for t in layer.paged()))
+        ]
+
+    def restore(self, slot: int, snapshot: Sequence[Tensor], tokens: int) -> None:
+        """Puts a snapshot of a sequence of `tokens` >= 1 tokens into `slot`. Raises as `extension` does."""
+        pages = -(-tokens // self.page_tokens)
+        self.extension([slot], [0], [tokens])
+        held = torch.as_tensor(self.table[slot][:pages], device=self.layers[0].window.device)
+        saved = iter(snapshot)
+        for layer in self.layers:
+            for tensor in layer.per_slot():
+                tensor[slot] = next(saved)
+            for tensor in layer.paged():
+                tensor[held] = next(saved)
+
     def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for layer in self.layers for tensor in layer.tensors())
+        tensors = [tensor for layer in self.layers for tensor in (*layer.per_slot(), *layer.paged())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    @property
+    def free_pages(self) -> int:
+        return len(self.free)
 
 
 @dataclass(slots=True, frozen=True)
 class Extension:
-    """Where a call of `extend` stands: row b continues slot slots[b] at position starts[b] with lengths[b] new tokens.
-
-    `max_end` is max(starts + lengths), known to the caller without asking the device.
-    """
+    """The rows of one call of `extend`, made by `Cache.extension`. `max_end` is max(starts + lengths)."""
 
     slots: Tensor  # int64 [B]
     starts: Tensor  # int64 [B]
     lengths: Tensor  # int64 [B], each 1 .. T
     positions: Tensor  # int64 [B, T] = starts + 0 .. T - 1; entries past a row's length are padding
     max_end: int
+    pages: Tensor  # int64 [B, pages of max_end], -1 where the row has none
 
     def read_positions(self) -> Tensor:
         """`positions` with padding moved back to its row's last token: padding may see no more than that, since what
@@ -72,7 +301,7 @@ class Extension:
         return torch.minimum(self.positions, (self.starts + self.lengths - 1)[:, None])
 
     def write_ring(self, ring: Tensor, values: Tensor) -> None:
-        """Stores the last ring-size real tokens' `values` [B, T, ...] at position % ring size."""
+        """Stores the last ring-size real tokens' rows `values` [B, T, ...] at position % ring size."""
         size = ring.shape[1]
         if values.shape[1] == 1:
             ring[self.slots, self.positions[:, 0] % size] = values[:, 0].to(ring.dtype)
@@ -81,9 +310,36 @@ class Extension:
         rows, columns = ((self.positions < ends) & (self.positions >= ends - size)).nonzero(as_tuple=True)
         ring[self.slots[rows], self.positions[rows, columns] % size] = values[rows, columns].to(ring.dtype)
 
-    def read_ring(self, ring: Tensor) -> tuple[Tensor, Tensor]:
-        """A ring's contents [B, R, ...] in storage order, and the position of each [B, R] (negative: never written)."""
+    def read_ring(self, ring: Tensor, row_format: RowFormat, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """A ring's rows in the order of their positions, starts - R .. starts - 1: [B, R, width], and how many of the
+        first columns were never written, int64 [B]; those read zero."""
         size = ring.shape[1]
-        last = self.starts[:, None] - 1
-        age = (last - torch.arange(size, device=ring.device)) % size
-        return ring[self.slots], last - age
+        columns = torch.arange(size, device=ring.device)
+        first = (size - self.starts).clamp(min=0)
+        rows = ring[self.slots[:, None], (self.starts[:, None] + columns) % size]
+        return row_format.decode(rows, dtype).masked_fill((columns < first[:, None])[..., None], 0.0), first
+
+    def write_entries(self, state: CompressorState, rows: Tensor, blocks: Tensor, entries: Tensor) -> None:
+        """Stores `entries` [k, C] as blocks `blocks` of this call's rows `rows` (int64 [k] each)."""
+        page = self.pages[rows, blocks // state.per_page]
+        state.entries[page, blocks % state.per_page] = state.format.encode(entries)
+
+    def read_entries(self, state: CompressorState, blocks: int, ratio: int, dtype: torch.dtype) -> Tensor:
+        """The first `blocks` entries of every row, [B, blocks, C]; those the row has not completed read zero."""
+        pages = self.pages[:, : -(-blocks // state.per_page)].clamp(min=0)
+        rows = state.entries[pages].flatten(1, 2)[:, :blocks]
+        done = (self.starts + self.lengths) // ratio
+        unwritten = torch.arange(blocks, device=rows.device) >= done[:, None]
+        return state.format.decode(rows, dtype).masked_fill(unwritten[..., None], 0.0)
+
+    def read_picks(self, state: CompressorState, picks: Tensor, dtype: torch.dtype) -> Tensor:
+        """Entries `picks` [B, k] of every row, [B, k, C]; -1 reads zero."""
+        blocks = picks.clamp(min=0)
+        page = self.pages.gather(1, blocks // state.per_page).clamp(min=0)
+        rows = state.entries[page, blocks % state.per_page]
+        return state.format.decode(rows, dtype).masked_fill((picks < 0)[..., None], 0.0)
+
+
+def page_size(ratios: Sequence[int]) -> int:
+    """Tokens of a page: the smallest number that whole entries of every layer fill, 1 for none."""
+    return math.lcm(*ratios) if ratios else 1

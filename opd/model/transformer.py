@@ -21,7 +21,7 @@ from transformers import DeepseekV4Config
 
 from opd.config import ConfigError
 from opd.model.attention import Attention, Compressor, Indexer
-from opd.model.cache import Cache, CompressorState, Extension, LayerCache
+from opd.model.cache import Cache, CompressorState, Extension, LayerCache, Layout, RowFormat, page_size
 from opd.model.hyper_connection import HyperConnection, HyperHead
 from opd.model.layers import RMSNorm, rope_frequencies, rope_rotation
 from opd.model.moe import SCORING, Experts, MoE, Router, SharedExpert, balance_statistics
@@ -227,8 +227,8 @@ class DeepseekV4(nn.Module):
             rotation, frequencies = rotations[block.self_attn.compressor is not None]
             collapsed, post, residual = block.attn_hc.collapse(streams)
             h = block.input_layernorm(collapsed).view(*token_ids.shape, -1)
-            mixed = block.self_attn(h, rotation, frequencies).flatten(0, 1)
-            streams = block.attn_hc.expand(streams, mixed, post, residual)
+            mixed, _ = block.self_attn(h, rotation, frequencies)
+            streams = block.attn_hc.expand(streams, mixed.flatten(0, 1), post, residual)
             streams, scores, chosen = block.mix_experts(streams, token_ids)
             if not block.mlp.gate.is_hash:
                 layer_balance, layer_load = balance_statistics(scores, chosen, real)
@@ -243,10 +243,8 @@ class DeepseekV4(nn.Module):
         """New tokens of cached sequences: int64 [B, T] right-padded -> hidden [B, T, D]; the cache moves on.
 
         Rows may stand at different positions and bring different numbers of tokens. Any split of a sequence into calls
-        gives the same hidden states to rounding. Raises ValueError past the cache's `max_tokens`.
+        gives the same hidden states to rounding.
         """
-        if at.max_end > cache.max_tokens:
-            raise ValueError(f"a sequence of {at.max_end} tokens does not fit a cache of {cache.max_tokens}")
         rotations = self._rotations(at.positions)
         streams = self._embed(token_ids)
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
@@ -258,27 +256,43 @@ class DeepseekV4(nn.Module):
             streams, _, _ = block.mix_experts(streams, token_ids)
         return self.model.norm(self.model.hc_head(streams)).view(*token_ids.shape, -1)
 
-    def new_cache(self, num_slots: int, max_tokens: int) -> Cache:
-        """An empty cache in the parameters' dtype and on their device."""
-        config, like = self.config, self.lm_head.weight
+    def new_cache(
+        self, num_slots: int, max_tokens: int, num_pages: int | None = None, layout: Layout = "plain"
+    ) -> Cache:
+        """An empty cache on the parameters' device; "plain" is in their dtype. `num_pages` None: enough for all slots.
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(num_slots, *shape, dtype=like.dtype, device=like.device)
+        Raises ValueError for the packed layout where index keys do not divide into FP4 blocks.
+        """
+        config, dtype, device = self.config, self.lm_head.weight.dtype, self.lm_head.weight.device
+        compressors = [compressor for block in self.blocks if (compressor := block.self_attn.compressor) is not None]
+        page_tokens = page_size([compressor.ratio for compressor in compressors])
+        if num_pages is None:
+            num_pages = num_slots * -(-max_tokens // page_tokens)
+        tail_dtype = dtype if layout == "plain" else torch.float32
+        rope_dim = config.qk_rope_head_dim
+        key_format = RowFormat("plain" if layout == "plain" else "fp8", config.head_dim, rope_dim, dtype)
+        index_format = RowFormat("plain" if layout == "plain" else "fp4", config.index_head_dim, rope_dim, dtype)
 
-        def state(compressor: Compressor) -> CompressorState:
-            ring, series = compressor.ring_tokens, compressor.kv_proj.out_features
-            blocks = max_tokens // compressor.ratio
-            return CompressorState(zeros(ring, series), zeros(ring, series), zeros(blocks, compressor.width))
+        def zeros(leading: tuple[int, ...], row_format: RowFormat) -> Tensor:
+            size, stored = row_format.storage
+            return torch.zeros(*leading, size, dtype=stored, device=device)
 
-        cache = Cache(num_slots, max_tokens)
+        def state(compressor: Compressor, row_format: RowFormat) -> CompressorState:
+            series = RowFormat("plain", compressor.kv_proj.out_features, rope_dim, tail_dtype)
+            ring = (num_slots, compressor.ring_tokens)
+            pages = (num_pages, page_tokens // compressor.ratio)
+            return CompressorState(zeros(ring, series), zeros(ring, series), zeros(pages, row_format), row_format)
+
+        cache = Cache(num_slots, max_tokens, page_tokens, num_pages)
         for block in self.blocks:
             compressor = block.self_attn.compressor
             indexer = getattr(compressor, "indexer", None)
             cache.layers.append(
                 LayerCache(
-                    zeros(config.sliding_window, config.head_dim),
-                    None if compressor is None else state(compressor),
-                    None if indexer is None else state(indexer),
+                    zeros((num_slots, config.sliding_window), key_format),
+                    key_format,
+                    None if compressor is None else state(compressor, key_format),
+                    None if indexer is None else state(indexer, index_format),
                 )
             )
         return cache
