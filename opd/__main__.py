@@ -20,6 +20,7 @@ COMMANDS = {
     "distill": "distil all teachers into one student, on-policy",
     "evaluate": "score base, teachers and student; write summary.json and report.html",
     "report": "write report.html again from what the run has logged",
+    "cost": "print cache bytes and FLOPs per token of V4-Flash, V4-Pro, the model and V3.2 (context=N, out=FILE.html)",
     "check": "print routing, teachers and memory, and refuse what cannot work; starts nothing",
 }
 
@@ -119,11 +120,17 @@ def _check_config_dir(config_dir: str, built_in: str) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    config, resolved = compose(arguments.command, arguments.overrides, arguments.config_dir)
+    overrides, own = _split_own(arguments.command, arguments.overrides)
+    config, resolved = compose(arguments.command, overrides, arguments.config_dir)
     if arguments.cfg:
         import yaml
 
         print(yaml.safe_dump(resolved, sort_keys=False), end="")
+        return 0
+    if arguments.command == "cost":
+        from opd.cost import run_cost
+
+        print("\n".join(run_cost(config, own.get("context", "1048576"), own.get("out"))))
         return 0
     from opd import pipeline
     from opd.actors import open_runtime
@@ -158,6 +165,14 @@ def _run(arguments: argparse.Namespace) -> int:
                 print(format_table(run(config, runtime)))
                 print(f"report: {os.path.join(config.run.dir, 'report.html')}")
     return 0
+
+
+def _split_own(command: str, overrides: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Hydra's overrides, and the keys that are a question to one command rather than settings of a run."""
+    names = {"cost": ("context", "out")}.get(command, ())
+    own = [override for override in overrides if override.partition("=")[0] in names]
+    settings = {key: value for key, _, value in (override.partition("=") for override in own)}
+    return [override for override in overrides if override not in own], settings
 
 
 def _in_one_line(error: BaseException) -> str:

@@ -76,6 +76,7 @@ class ModelConfig:
     config: dict[str, Any] = field(default_factory=dict)  # fields of transformers' DeepseekV4Config, by those names
     max_tokens: int = 128  # context of this run: prompt and completion together
     fp4: str = "experts"  # experts | none: which weights are trained, published and sampled as MXFP4
+    fp4_index: bool = False  # V4's lightning indexer: queries and keys rotated by a Hadamard matrix, then MXFP4
 
 
 @dataclass
@@ -205,6 +206,10 @@ class StageConfig:
     temperature: float = 1.0  # of the rollouts
     eval_every: int = 0  # steps between evaluations inside the stage, the last step included; 0: none
     checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end
+    # V4's lightning indexer gets no gradient from the loss of its model. This weight is of its own loss, which moves it
+    # alone, and which exists where a sequence has more CSA blocks than `index_topk`.
+    indexer_loss: float = 1.0
+    indexer_dense_steps: int = 0  # the first steps attend to all blocks and compare over all of them (warm-up)
 
 
 @dataclass
@@ -212,12 +217,14 @@ class GrpoConfig(StageConfig):
     group_size: int = 8
     clip: float = 0.2  # epsilon of the ratio clip
     kl_coefficient: float = 0.0  # beta of V3.2's unbiased KL to the SFT policy; 0: no reference
+    indexer_loss: float = 0.0
 
 
 @dataclass
 class DistillConfig(StageConfig):
     kl_temperature: float = 1.0  # tau: both logits are divided by it
     hidden_dtype: str = "bfloat16"  # bfloat16 | float32: how the teachers' hidden states are stored and sent
+    indexer_loss: float = 0.0
 
 
 @dataclass
@@ -350,6 +357,8 @@ def _check_model(config: Config) -> None:
         raise ConfigError("model.path is null; model.family=hf needs the folder or hub id of a checkpoint")
     if model.family == "hf" and model.fp4 != "none":
         raise ConfigError(f"model.fp4={model.fp4} needs model.family=deepseek_v4; with family=hf it must be none")
+    if model.family == "hf" and model.fp4_index:
+        raise ConfigError("model.fp4_index=true needs model.family=deepseek_v4; with family=hf it must be false")
 
 
 def _check_domain(key: str, domain: DomainConfig) -> None:
@@ -464,6 +473,8 @@ def _check_stage(key: str, stage: StageConfig) -> None:
         ("temperature", 0),
         ("eval_every", 0),
         ("checkpoint_every", 0),
+        ("indexer_loss", 0),
+        ("indexer_dense_steps", 0),
     ):
         at_least(f"{key}.{setting}", getattr(stage, setting), lowest)
     within(f"{key}.decay_fraction", stage.decay_fraction, 0, 1)

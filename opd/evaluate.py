@@ -221,6 +221,7 @@ def _teacher_model(student: ModelConfig, teacher: TeacherConfig) -> ModelConfig:
         path=teacher.path,
         revision=teacher.revision,
         fp4=student.fp4 if teacher.family == "deepseek_v4" else "none",
+        fp4_index=student.fp4_index and teacher.family == "deepseek_v4",
     )
 
 

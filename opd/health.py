@@ -344,11 +344,12 @@ def _entropy_collapse(values: Mapping[str, float], history: History, levels: Lev
             spread = f", and pass@k - pass@1 shrank from {gap_before:.3f} to {gap_now:.3f}"
         elif group == "grpo/entropy":
             continue  # reward alone sharpens a policy; only lost variety in its answers makes it a trouble
+        of_teacher = f" and {levels.entropy_share_of_teacher:.0%} of its teacher ({teacher:.4f})"
+        of_teacher = of_teacher if teacher < math.inf else ""
         message = (
             f"domain {domain}: the policy's entropy fell from {initial:.4f} to {now:.4f} nats/token, below "
             f"{levels.entropy_share:.0%} of its start"
-            f"{f' and {levels.entropy_share_of_teacher:.0%} of its teacher ({teacher:.4f})' if teacher < math.inf else ''}{spread}. The policy loses its "
-            "variety: stop earlier, or lower the stage's learning_rate"
+            f"{of_teacher}{spread}. The policy loses its variety: stop earlier, or lower the stage's learning_rate"
         )
         findings.append(Finding(rule="entropy_collapse", severity="warning", subject=domain, message=message))
     return findings

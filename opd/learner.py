@@ -32,6 +32,7 @@ from opd.batching import Batch, MicroBatch, Plan, collate
 from opd.config import ConfigError, DistillConfig, GrpoConfig, LearnerConfig, ModelConfig, StageConfig
 from opd.losses import grpo_loss, logsumexp_at, reverse_kl, sampler_gap, token_logprobs
 from opd.model import DeepseekV4, load_model
+from opd.model.attention import Indexing
 from opd.model.hub import HubModel
 from opd.muon import build_optimizer
 from opd.types import Advantage, Demonstration, Store, TeacherHead, TeacherHidden, WeightSnapshot
@@ -90,6 +91,9 @@ class StepStats:
     learning_rate: float
     loss: float = 0.0  # without the balance loss
     balance_loss: float = 0.0  # per row, before its coefficient
+    index_loss: float = 0.0  # the indexers', per row, before its weight
+    index_recall: float = 0.0  # sum over `index_queries` sampled queries
+    index_queries: float = 0.0
     domains: dict[str, Sums] = field(default_factory=dict)
     teachers: dict[str, Sums] = field(default_factory=dict)
     gap: dict[str, float] = field(default_factory=dict)  # of `opd.losses.sampler_gap`, policy against sampler
@@ -126,6 +130,9 @@ def merge_stats(ranks: Sequence[StepStats]) -> dict[str, float]:
         "train/skipped_steps": first.num_skipped_steps,
         "train/tokens": first.num_loss_tokens,
     }
+    if queries := sum(rank.index_queries for rank in ranks):
+        metrics["train/index_loss"] = sum(rank.index_loss for rank in ranks)
+        metrics["train/index_recall"] = sum(rank.index_recall for rank in ranks) / queries
     domains, teachers, everything = _merged(r.domains for r in ranks), _merged(r.teachers for r in ranks), Sums()
     for domain, sums in domains.items():
         everything.add(sums)
@@ -200,6 +207,8 @@ class Work:
     task: Imitate | Reinforce | Distill
     weights: Tensor  # float32 [N]: signal weight / loss tokens of the step
     balance_weight: float  # of each row's balance loss
+    index_weight: float = 0.0  # of each row's indexer loss
+    indexing: Indexing = "off"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -211,6 +220,8 @@ class Outcome:
     expert_load: Tensor  # int64 [L, E]
     per_token: dict[str, Tensor]
     logprobs: Tensor  # [N] of the targets at `stage.temperature`, the sampler's
+    index_loss: Tensor | None = None  # 0-dim, sum over rows
+    index_recall: Tensor | None = None  # [2], sum and number
 
 
 class Objective(nn.Module):
@@ -232,11 +243,17 @@ class Objective(nn.Module):
             return _Tie.apply(*self.model.parameters()), None
         tie = _Tie.apply(*self.model.parameters()) if self.is_tied else 0.0  # first, so that its backward runs last
         batch = work.batch
-        output = self.model(batch.token_ids, batch.lengths)
+        trains_index = work.indexing != "off" and isinstance(self.model, DeepseekV4)
+        indexing = {"indexing": work.indexing} if trains_index else {}
+        output = self.model(batch.token_ids, batch.lengths, **indexing)
         hidden = output.hidden[batch.rows, batch.positions]
         outcome, loss = self._loss(hidden, work)
         outcome.balance_loss, outcome.expert_load = output.balance_loss.detach(), output.expert_load
-        return loss + work.balance_weight * output.balance_loss + tie, outcome
+        loss = loss + work.balance_weight * output.balance_loss + tie
+        if output.index_loss is not None:
+            outcome.index_loss, outcome.index_recall = output.index_loss.detach(), output.index_recall
+            loss = loss + work.index_weight * output.index_loss
+        return loss, outcome
 
     def _loss(self, hidden: Tensor, work: Work) -> tuple[Outcome, Tensor]:
         batch, head = work.batch, self.model.head
@@ -521,8 +538,16 @@ class Learner:
             case TeacherHidden():
                 assert head is not None
                 task = Distill(hidden=self._fetch_hidden(micro_batch, head), head=head)
-        balance_weight = self.settings.learner.balance_loss / plan.num_rows
-        return Work(batch=batch, task=task, weights=weights, balance_weight=balance_weight)
+        stage = self.settings.stage
+        indexing = "dense" if self._step < stage.indexer_dense_steps else "sparse"
+        return Work(
+            batch=batch,
+            task=task,
+            weights=weights,
+            balance_weight=self.settings.learner.balance_loss / plan.num_rows,
+            index_weight=stage.indexer_loss / plan.num_rows,
+            indexing=indexing if stage.indexer_loss > 0 else "off",
+        )
 
     @torch.no_grad()
     def _reference_logprobs(self, batch: Batch) -> Tensor | None:
@@ -563,6 +588,11 @@ class Learner:
         """Adds a micro-batch's numbers to its domains and its teacher."""
         stats.loss += outcome.loss.item()
         stats.balance_loss += outcome.balance_loss.item() / plan.num_rows
+        if outcome.index_loss is not None and outcome.index_recall is not None:
+            stats.index_loss += outcome.index_loss.item() / plan.num_rows
+            recall, number = outcome.index_recall.tolist()
+            stats.index_recall += recall
+            stats.index_queries += number
         rows, items = work.batch.rows, micro_batch.items
         values = torch.stack([value.double() for value in outcome.per_token.values()])
         totals = values.new_zeros(len(values), len(items)).index_add_(1, rows, values).tolist()

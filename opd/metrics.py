@@ -42,6 +42,8 @@ CATALOGUE: dict[str, str] = {
     "train/skipped_steps": "optimizer steps of this stage skipped so far because a gradient was not finite [count]",
     "train/tokens": "loss tokens of this step [tokens]",
     "train/balance_loss": "V4's sequence-wise expert balance loss, mean of rows, before its coefficient",
+    "train/index_loss": "KL of the indexers from attention, mean of rows and CSA layers, nats, before its weight",
+    "train/index_recall": "attention mass of the entries the indexers pick over that of the best ones, sampled queries",
     "train/load_imbalance": "largest expert load of a layer over that layer's mean, worst layer; 0 for dense models",
     "sft/nll/<domain>": "minus the log-probability of demonstrated tokens, mean [nats/token]",
     "sft/entropy/<domain>": "entropy of the policy's next-token distribution on demonstrations, mean [nats/token]",

@@ -50,7 +50,7 @@ _DASHES = ("solid", (0, (5, 1.5)), (0, (1, 1)))  # beyond the palette, by round
 
 _PHASES = ("rollout", "score", "train", "publish", "evaluate", "checkpoint")
 
-_RC: dict[Any, Any] = {
+FIGURE_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
@@ -146,7 +146,7 @@ def write_report(run_dir: str) -> str:
     named = {domain for stage in STAGES for key in ("reward/mean", "distill/reverse_kl", "rollout/mean_length")
              for domain in run.by_domain(stage, key)}  # fmt: skip
     colours = {domain: index for index, domain in enumerate([*domains, *sorted(named - set(domains))])}
-    with matplotlib.rc_context(_RC):
+    with matplotlib.rc_context(FIGURE_STYLE):
         plots = [
             _accuracy(run, domains, colours),
             _reverse_kl(run, colours),
@@ -177,7 +177,7 @@ def write_report(run_dir: str) -> str:
             missing=[plot for plot in plots if not plot.svg],
             seconds={stage: _duration(value) for stage, value in seconds.items()},
             config=yaml.safe_dump(redact(config), sort_keys=False) if config else "",
-            style=Markup(_style()),
+            style=Markup(page_style()),
             palette=len(_PALETTE),
             has_k=any(row["has_k"] for row in rows),
         )
@@ -309,7 +309,7 @@ def _duration(seconds: float) -> str:
 # ---- figures -------------------------------------------------------------------------------------------------------
 
 
-def _ink(index: int) -> dict[str, Any]:
+def ink(index: int) -> dict[str, Any]:
     """Colour and dash of the index-th series."""
     return {
         "color": f"#0a0b{16 + index % len(_PALETTE):02x}",
@@ -317,12 +317,12 @@ def _ink(index: int) -> dict[str, Any]:
     }
 
 
-def _axes(width: float, height: float, rows: int = 1, columns: int = 1, **sharing: Any) -> tuple[Figure, list[Axes]]:
+def new_axes(width: float, height: float, rows: int = 1, columns: int = 1, **sharing: Any) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, list(figure.subplots(rows, columns, squeeze=False, **sharing).flat)
 
 
-def _svg(figure: Figure, name: str) -> Markup:
+def to_svg(figure: Figure, name: str) -> Markup:
     """The figure as an inline <svg>: deterministic, nothing but drawing in it, colours turned into CSS variables."""
     buffer = io.StringIO()
     # The salt makes ids unique across the figures of the page, and the same in each run of this program.
@@ -366,9 +366,9 @@ def _accuracy(run: _Run, domains: Mapping[str, Any], colours: Mapping[str, int])
         return _Plot(title=title, note="no evaluation was made inside distillation (stages.distill.eval_every)")
     columns = min(len(lines), 3)
     rows = math.ceil(len(lines) / columns)
-    figure, panels = _axes(12.2, 0.5 + 2.2 * rows, rows, columns, sharey=True)
+    figure, panels = new_axes(12.2, 0.5 + 2.2 * rows, rows, columns, sharey=True)
     for axes, (domain, line) in zip(panels, lines.items(), strict=False):
-        _draw(axes, line, _ink(colours[domain]))
+        _draw(axes, line, ink(colours[domain]))
         axes.set_title(domain, color=_INK)
         axes.set_ylim(0, 1.12)  # room for the teacher's label above a level of 1
         axes.set_yticks([0, 0.2, 0.4, 0.6, 0.8, 1])
@@ -397,7 +397,7 @@ def _accuracy(run: _Run, domains: Mapping[str, Any], colours: Mapping[str, int])
         axes.remove()
     panels[0].set_ylabel("pass@1")
     note = "Greedy pass@1 of the student. Dashed: the base it starts from and the teacher it learns from."
-    return _Plot(title=title, note=note, svg=_svg(figure, "accuracy"), wide=True)
+    return _Plot(title=title, note=note, svg=to_svg(figure, "accuracy"), wide=True)
 
 
 def _reverse_kl(run: _Run, colours: Mapping[str, int]) -> _Plot:
@@ -408,14 +408,14 @@ def _reverse_kl(run: _Run, colours: Mapping[str, int]) -> _Plot:
     positive = {domain: line for domain, line in positive.items() if line[0]}
     if not positive:
         return _Plot(title=title, note="no distillation step has been logged")
-    figure, (axes,) = _axes(6, 3.3)
+    figure, (axes,) = new_axes(6, 3.3)
     for domain, line in positive.items():
-        _draw(axes, line, _ink(colours[domain]))
+        _draw(axes, line, ink(colours[domain]))
     axes.set_yscale("log")
     axes.set_ylabel("KL(student || teacher), nats/token")
     _steps_axis(axes)
     note = "Exact, over the whole vocabulary, on the student's own completions. It should fall and level off."
-    return _Plot(title=title, note=note, svg=_svg(figure, "kl"), legend=_legend(positive, colours))
+    return _Plot(title=title, note=note, svg=to_svg(figure, "kl"), legend=_legend(positive, colours))
 
 
 def _entropy(run: _Run, colours: Mapping[str, int]) -> _Plot:
@@ -424,18 +424,18 @@ def _entropy(run: _Run, colours: Mapping[str, int]) -> _Plot:
     teachers = run.by_domain("distill", "distill/teacher_entropy")
     if not students:
         return _Plot(title=title, note="no distillation step has been logged with entropies")
-    figure, (axes,) = _axes(6, 3.3)
+    figure, (axes,) = new_axes(6, 3.3)
     for domain, line in students.items():
-        _draw(axes, line, _ink(colours[domain]))
+        _draw(axes, line, ink(colours[domain]))
         if domain in teachers:
-            _draw(axes, teachers[domain], _ink(colours[domain]), linestyle=(0, (2, 1.5)), linewidth=1.1, marker=None)
+            _draw(axes, teachers[domain], ink(colours[domain]), linestyle=(0, (2, 1.5)), linewidth=1.1, marker=None)
     axes.set_ylabel("entropy, nats/token")
     axes.set_ylim(bottom=0)
     _steps_axis(axes)
     note = (
         "Solid: student. Dashed: its teacher on the same tokens. The student should meet its teacher, not fall below."
     )
-    return _Plot(title=title, note=note, svg=_svg(figure, "entropy"), legend=_legend(students, colours))
+    return _Plot(title=title, note=note, svg=to_svg(figure, "entropy"), legend=_legend(students, colours))
 
 
 def _rewards(run: _Run, colours: Mapping[str, int]) -> _Plot:
@@ -443,13 +443,13 @@ def _rewards(run: _Run, colours: Mapping[str, int]) -> _Plot:
     lines = run.by_domain("grpo", "reward/mean")
     if not lines:
         return _Plot(title=title, note="no GRPO step has been logged")
-    figure, (axes,) = _axes(6, 3.3)
+    figure, (axes,) = new_axes(6, 3.3)
     for domain, line in lines.items():
-        _draw(axes, line, _ink(colours[domain]))
+        _draw(axes, line, ink(colours[domain]))
     axes.set_ylabel("mean reward")
     _steps_axis(axes)
     note = "Mean verifier score of each step's rollouts, one specialist per domain."
-    return _Plot(title=title, note=note, svg=_svg(figure, "reward"), legend=_legend(lines, colours))
+    return _Plot(title=title, note=note, svg=to_svg(figure, "reward"), legend=_legend(lines, colours))
 
 
 def _panels(
@@ -470,10 +470,10 @@ def _panels(
             stages[stage] = lines
     if not stages:
         return None
-    figure, panels = _axes(6, 3.3, 1, len(stages), sharey=True)
+    figure, panels = new_axes(6, 3.3, 1, len(stages), sharey=True)
     for axes, (stage, lines) in zip(panels, stages.items(), strict=True):
         for domain, line in lines.items():
-            _draw(axes, line, {"color": _SOFT} if domain is None else _ink(colours[domain]))
+            _draw(axes, line, {"color": _SOFT} if domain is None else ink(colours[domain]))
         axes.set_title(_STAGE_NAMES[stage])
         if log:
             axes.set_yscale("log")
@@ -482,7 +482,7 @@ def _panels(
         _steps_axis(axes)
     panels[0].set_ylabel(label)
     drawn = {domain for lines in stages.values() for domain in lines if domain is not None}
-    return _svg(figure, name), _legend(drawn, colours)
+    return to_svg(figure, name), _legend(drawn, colours)
 
 
 def _lengths(run: _Run, colours: Mapping[str, int]) -> _Plot:
@@ -519,14 +519,14 @@ def _phases(run: _Run) -> _Plot:
         return _Plot(title=title, note="no step has been logged with its phases")
     longest = max(sum(spent.values()) for spent in bars.values())
     unit, label = (60.0, "minutes") if longest >= 180 else (1.0, "seconds")
-    figure, (axes,) = _axes(6, max(2.0, 0.9 + 0.3 * len(bars)))
+    figure, (axes,) = new_axes(6, max(2.0, 0.9 + 0.3 * len(bars)))
     left = [0.0] * len(bars)
     used: list[tuple[int, str]] = []
     for index, phase in enumerate((*_PHASES, "other")):
         widths = [spent[phase] / unit for spent in bars.values()]
         if sum(widths) > 0:
             used.append((index, phase))
-            axes.barh(list(bars), widths, left=left, color=_ink(index)["color"], height=0.65)
+            axes.barh(list(bars), widths, left=left, color=ink(index)["color"], height=0.65)
         left = [start + width for start, width in zip(left, widths, strict=True)]
     for row, end in enumerate(left):
         axes.annotate(f"{end:.1f}", (end, row), (4, 0), textcoords="offset points", va="center", fontsize=8)
@@ -535,13 +535,13 @@ def _phases(run: _Run) -> _Plot:
     axes.grid(axis="y", visible=False)
     axes.set_xlabel(label)
     note = "Sum over the steps of each stage, by phase."
-    return _Plot(title=title, note=note, svg=_svg(figure, "phases"), legend=tuple(used))
+    return _Plot(title=title, note=note, svg=to_svg(figure, "phases"), legend=tuple(used))
 
 
 # ---- page ----------------------------------------------------------------------------------------------------------
 
 
-def _style() -> str:
+def page_style() -> str:
     light = "".join(f"--s{index}:{pair[0]};" for index, pair in enumerate(_PALETTE))
     dark = "".join(f"--s{index}:{pair[1]};" for index, pair in enumerate(_PALETTE))
     return _CSS.replace("/*light*/", light).replace("/*dark*/", dark)

@@ -220,6 +220,7 @@ def _hire(config: Config, stage: str, start: str, chat: Chat, runtime: Runtime) 
                 {name: teacher for name, teacher in teachers.items() if placement[name] == host},
                 runtime.store,
                 fp4=config.model.fp4,
+                fp4_index=config.model.fp4_index,
                 threads=config.runtime.actor_threads,
                 device=device,
                 micro_batch_tokens=config.learner.micro_batch_tokens,

@@ -45,12 +45,13 @@ class TeacherHost:
         store: Store,
         *,
         fp4: str,
+        fp4_index: bool = False,
         threads: int,
         device: str,
         micro_batch_tokens: int,
         hidden_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """`fp4` is the student's `ModelConfig.fp4`, by which a `deepseek_v4` teacher's experts are fake-quantised too.
+        """`fp4` and `fp4_index` are the student's `ModelConfig` choices, which hold for a `deepseek_v4` teacher too.
         `threads` of torch in this process; `device` auto, cpu or cuda; `micro_batch_tokens` bounds the padded tokens of
         one forward (a longer trajectory goes alone). Hidden states are stored as `hidden_dtype`."""
         if hidden_dtype not in (torch.bfloat16, torch.float32):
@@ -60,7 +61,7 @@ class TeacherHost:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self._teachers = teachers
         self._store = store
-        self._fp4 = fp4
+        self._fp4, self._fp4_index = fp4, fp4_index
         self._device = torch.device(device)
         self._micro_batch_tokens = micro_batch_tokens
         self._hidden_dtype = hidden_dtype
@@ -137,7 +138,13 @@ class TeacherHost:
                 self.release()  # before loading: two sets of "disk" weights may not fit
             started = time.perf_counter()
             model = load_model(
-                ModelConfig(family=config.family, path=config.path, revision=config.revision, fp4=self._fp4)
+                ModelConfig(
+                    family=config.family,
+                    path=config.path,
+                    revision=config.revision,
+                    fp4=self._fp4,
+                    fp4_index=self._fp4_index and config.family == "deepseek_v4",
+                )
             )
             self._models[checkpoint] = model.to(self._device).eval().requires_grad_(False)
             self._metrics[f"teacher/{teacher}/load_seconds"] += time.perf_counter() - started

@@ -187,7 +187,7 @@ def test_settings_that_cannot_work_together(changes: dict[str, Any], message: st
 def test_what_does_not_run_is_not_checked_against_the_rest() -> None:
     check_config(config(stages__grpo__steps=0, rollout__sampling__top_k=5))
     check_config(config(stages__grpo__steps=0, stages__grpo__group_size=1))
-    check_config(config(model__family="hf", model__path="x", model__fp4="none"))
+    check_config(config(model__family="hf", model__path="x", model__fp4="none", model__fp4_index=False))
     check_config(config(runtime__kind="ray", learner__num_ranks=2))
     check_config(config(learner__zero_stage=2, learner__optimizer__name="adamw"))
     check_config(config(stages__distill__temperature=0.0))
@@ -253,7 +253,7 @@ def test_routes_that_cannot_work(teachers: dict[str, TeacherConfig], message: st
         (["teachers.spell_backward.domains=[1]", *TWO], r"teachers\.spell_backward\.domains"),
         (["data=[spell_backward,physics]"], r"data=physics selects no file; data has: .*gsm8k_rows, .*spell_backward"),
         (["data=physics"], r"data=physics selects no file; data has: .*gsm8k_rows, .*spell_backward"),
-        (["model=gpt"], r"model=gpt selects no file; model has: hf, v4_tiny"),
+        (["model=gpt"], r"model=gpt selects no file; model has: hf, v4_base, .*v4_tiny"),
         (["experiment=fast"], r"experiment=fast selects no file; experiment has: quickstart"),
         (["modle=hf"], r"modle"),
         (["stages.base.steps=many"], r"stages\.base\.steps.* 'many' .*Integer"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -11,10 +12,13 @@ from transformers import DeepseekV4Config
 from opd.config import ConfigError, ModelConfig
 from opd.fp4 import BLOCK
 from opd.model.hub import HubModel, load_hub_model
-from opd.model.transformer import DeepseekV4, ModelOutput, check_v4_config, initialize, v4_config
+from opd.model.transformer import CSA, HCA, DeepseekV4, ModelOutput, check_v4_config, initialize, v4_config
 from opd.weights import load_model_config, read_tensors
 
 __all__ = ["CausalLM", "DeepseekV4", "HubModel", "ModelOutput", "load_model", "new_v4"]
+
+
+log = logging.getLogger(__name__)
 
 
 class CausalLM(Protocol):
@@ -40,9 +44,29 @@ def new_v4(model: ModelConfig, vocab_size: int, seed: int) -> DeepseekV4:
         raise ConfigError(
             f"model.config.vocab_size={fields['vocab_size']} is smaller than the tokenizer's {vocab_size} entries"
         )
-    config = v4_config(fields)
-    _check_fp4_widths(config, model.fp4)
-    built = DeepseekV4(config, model.fp4)
+    config: Any = v4_config(fields)
+    rates, topk = config.compress_rates, config.index_topk
+    if model.max_tokens > config.max_position_embeddings:
+        raise ConfigError(
+            f"model.max_tokens={model.max_tokens} exceeds model.config.max_position_embeddings="
+            f"{config.max_position_embeddings}"
+        )
+    if HCA in config.layer_types and rates[HCA] > model.max_tokens:
+        log.warning(
+            "model.config.compress_rates.%s=%d: no block of a sequence of at most model.max_tokens=%d tokens is ever "
+            "complete, so these layers see their window only",
+            HCA,
+            rates[HCA],
+            model.max_tokens,
+        )
+    if CSA in config.layer_types and topk >= model.max_tokens // rates[CSA]:
+        log.info(
+            "model.config.index_topk=%d takes every block of model.max_tokens=%d tokens: the indexer has no choice",
+            topk,
+            model.max_tokens,
+        )
+    _check_fp4_widths(config, model)
+    built = DeepseekV4(config, model.fp4, model.fp4_index)
     initialize(built, seed)
     return built
 
@@ -64,8 +88,8 @@ def load_model(model: ModelConfig, path: str | None = None) -> DeepseekV4 | HubM
             f"{source} holds a {config.model_type} model; family=deepseek_v4 cannot load it, use family=hf"
         )
     check_v4_config(config)
-    _check_fp4_widths(config, model.fp4)
-    built = DeepseekV4(config, model.fp4)
+    _check_fp4_widths(config, model)
+    built = DeepseekV4(config, model.fp4, model.fp4_index)
     tensors = read_tensors(source, model.revision)
     wanted = {name: tensor.shape for name, tensor in built.state_dict().items()}
     for name, shape in wanted.items():
@@ -82,9 +106,15 @@ def load_model(model: ModelConfig, path: str | None = None) -> DeepseekV4 | HubM
     return built
 
 
-def _check_fp4_widths(config: DeepseekV4Config, fp4: str) -> None:
+def _check_fp4_widths(config: DeepseekV4Config, model: ModelConfig) -> None:
+    width = config.index_head_dim
+    if model.fp4_index and (width % BLOCK or width & (width - 1)):
+        raise ConfigError(
+            f"model.config.index_head_dim={width} is no power of two of at least {BLOCK}, which the Hadamard rotation "
+            "and the MXFP4 blocks of index keys need; change it or set model.fp4_index=false"
+        )
     for key in ("hidden_size", "moe_intermediate_size"):
-        if fp4 == "experts" and getattr(config, key) % BLOCK:
+        if model.fp4 == "experts" and getattr(config, key) % BLOCK:
             raise ConfigError(
                 f"model.config.{key}={getattr(config, key)} is not a multiple of {BLOCK}, the block of weights that "
                 "shares a scale in MXFP4; change it or set model.fp4=none"

@@ -10,6 +10,7 @@ The softmax itself and its backward are in `sparse`.
 
 from __future__ import annotations
 
+import functools
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from opd.fp4 import fake_quantize
 from opd.model.cache import CompressorState, Extension, LayerCache
 from opd.model.layers import GroupedLinear, RMSNorm, rope_rotation, rotate, unit_rms
 from opd.model.sparse import BLOCK_ELEMENTS, QUERY_BLOCK, Reach, entry_shares, sparse_attention, top_entries
@@ -129,14 +131,25 @@ class Indexer(Compressor):
     def __init__(self, hidden_size: int, query_rank: int, heads: int, width: int, ratio: int, topk: int, eps: float):
         super().__init__(hidden_size, width, ratio, overlap=True, eps=eps)
         self.heads, self.topk = heads, topk
+        self.quantized = False  # MXFP4 queries and keys, as served; the rotation alone would change no score
         self.q_b_proj = nn.Linear(query_rank, heads * width, bias=False)
         self.scorer = IndexerScorer(hidden_size, heads)
 
     def queries(self, h_BTD: Tensor, latent_BTR: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """Index queries [B, T, Hi, C], rotated, and the heads' weights [B, T, Hi], in at least float32."""
         query = rotate(self.q_b_proj(latent_BTR).unflatten(-1, (self.heads, self.width)), rotation[..., None, :])
+        query = self._rounded(query)
         weights = self.scorer.weights_proj(h_BTD) * (self.width * self.heads) ** -0.5
         return _widen(query), _widen(weights)
+
+    def _pool(self, kv: Tensor, gate: Tensor, rotation: Tensor) -> Tensor:
+        return self._rounded(super()._pool(kv, gate, rotation))
+
+    def _rounded(self, x: Tensor) -> Tensor:
+        """x in the Hadamard basis, which spreads outliers over all channels, and in MXFP4 (V4 report 5.2.1)."""
+        if not self.quantized:
+            return x
+        return fake_quantize(torch.matmul(x, hadamard(self.width).to(x))).to(x.dtype)
 
     @torch.no_grad()
     def pick(self, h_BTD: Tensor, latent_BTR: Tensor, keys_BMC: Tensor, visible_BT: Tensor, rotation: Tensor) -> Tensor:
@@ -155,6 +168,15 @@ class Indexer(Compressor):
         return picks
 
 
+@functools.cache
+def hadamard(size: int) -> Tensor:
+    """The orthonormal symmetric matrix of Sylvester's order, float32 [size, size]; `size` is a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), matrix)
+    return matrix * size**-0.5
+
+
 def index_scores(query_BTHC: Tensor, weights_BTH: Tensor, keys_BMC: Tensor) -> Tensor:
     """sum_h w_h relu(q_h . k_m): [B, T, H, C], [B, T, H], [B, M, C] -> [B, T, M] (V4 report equation 16)."""
     batch, length, heads, width = query_BTHC.shape
@@ -164,11 +186,12 @@ def index_scores(query_BTHC: Tensor, weights_BTH: Tensor, keys_BMC: Tensor) -> T
 
 
 class IndexReport(NamedTuple):
-    """What training the indexer of a layer needs and what it is judged by, both scalars.
+    """What training the indexer of a layer needs and what it is judged by, over the real queries that may see more
+    entries than they can pick.
 
-    loss: mean over queries of KL(attention shares || softmax of the index scores), nats. recall: attention mass of the
-    entries the indexer picks over the mass of the best ones there are, no gradient, sampled queries. Means are over
-    real queries that have something to choose; zero when there are none.
+    loss: sum over rows of the row's mean KL(attention shares || softmax of the index scores), nats; a row without such
+    queries adds nothing. recall: [2], sum and number, over some of these queries, of the attention mass of the entries
+    that the indexer picks as a share of the mass of the best ones there are; no gradient.
     """
 
     loss: Tensor
@@ -240,8 +263,11 @@ class Attention(nn.Module):
                 compared = reach if indexing == "dense" else sparse
                 attended = (query.detach(), recent.detach(), entries.detach(), self.sinks.detach())
                 inputs = (h_BTD.detach(), latent.detach(), keys, rotation)
-                loss = indexer_loss(indexer, inputs, attended, compared, real)
-                report = IndexReport(loss, indexer_recall(indexer.topk, attended, reach, sparse, real))
+                counted = _choosing(indexer.topk, visible, real)
+                report = IndexReport(
+                    indexer_loss(indexer, inputs, attended, compared, counted),
+                    indexer_recall(indexer.topk, attended, reach, sparse, counted),
+                )
             if indexing != "dense":
                 reach = sparse
         return self._output(sparse_attention(query, recent, entries, self.sinks, reach), rotation), report
@@ -298,21 +324,20 @@ Attended = tuple[Tensor, Tensor, Tensor, Tensor]  # query, recent keys, entries,
 
 
 def indexer_loss(
-    indexer: Indexer, inputs: tuple[Tensor, Tensor, Tensor, Tensor], attended: Attended, reach: Reach, lengths: Tensor
+    indexer: Indexer, inputs: tuple[Tensor, Tensor, Tensor, Tensor], attended: Attended, reach: Reach, counted: Tensor
 ) -> Tensor:
-    """KL from how attention shares its mass among the entries to softmax(index scores), mean over choosing queries.
+    """KL from how attention shares its mass among the entries to softmax(index scores): sum over rows of the row's
+    mean over the queries that `counted` [B, T] names.
 
     The target is attention summed over heads and normalised over the entries compared, all visible ones or the picks
-    (DeepSeek-V3.2 section 2.1, the rule for V4 is not published). `inputs`: the layer's input, the query latent, the
-    index keys, the rotation. A query counts when it is real and may see more entries than top-k. Queries go block by
-    block and each block is computed again in the backward: memory is linear in length.
+    (DeepSeek-V3.2 section 2.1; the rule of V4 is not published). `inputs`: the layer's input, the query latent, the
+    index keys, the rotation. Queries go block by block and each block is computed again in the backward: memory is
+    linear in length.
     """
     h, latent, keys, rotation = inputs
     length = h.shape[1]
-    assert reach.visible is not None
-    counted = _choosing(indexer.topk, reach.visible, lengths)
     size = max(1, min(QUERY_BLOCK, BLOCK_ELEMENTS // (4 * len(h) * indexer.heads * keys.shape[1])))
-    total = _widen(h).new_zeros(())
+    total = _widen(h).new_zeros(len(h))
     for begin in range(0, length, size):
         part = slice(begin, begin + size)
         if not bool(counted[:, part].any()):
@@ -326,33 +351,34 @@ def indexer_loss(
             if reach.picks is not None:
                 picks = reach.picks[:, part]
                 scores = scores.gather(-1, picks.clamp(min=0)).masked_fill(picks < 0, -torch.inf)
-            else:
-                hidden = torch.arange(keys.shape[1], device=keys.device) >= reach.visible[:, part, None]  # type: ignore[index]
+            elif reach.visible is not None:
+                hidden = torch.arange(keys.shape[1], device=keys.device) >= reach.visible[:, part, None]
                 scores = scores.masked_fill(hidden, -torch.inf)
             log_share = torch.log_softmax(scores, -1).masked_fill(scores == -torch.inf, 0.0)
             kl = (torch.xlogy(target, target) - target * log_share).sum(-1)
-            return kl[counted[:, part]].sum()
+            return kl.masked_fill(~counted[:, part], 0.0).sum(1)
 
         total = total + checkpoint(divergence, h[:, part], latent[:, part], keys, use_reentrant=False)
-    return total / counted.sum().clamp(min=1)
+    return (total / counted.sum(1).clamp(min=1)).sum()
 
 
-RECALL_QUERIES = 32  # the last ones of a batch's longest sequences: those with the most to choose from
+RECALL_QUERIES = 32  # the last columns of a batch: those with the most to choose from
 
 
 @torch.no_grad()
-def indexer_recall(topk: int, attended: Attended, dense: Reach, sparse: Reach, lengths: Tensor) -> Tensor:
-    """Share of the best top-k's attention mass that the picks have, mean over up to RECALL_QUERIES queries per row."""
-    assert dense.visible is not None and sparse.picks is not None
-    end = int(lengths.max())
+def indexer_recall(topk: int, attended: Attended, dense: Reach, sparse: Reach, counted: Tensor) -> Tensor:
+    """Share of the best top-k's attention mass that the picks have: [2], sum and number over the counted queries of the
+    last RECALL_QUERIES columns that have any."""
+    assert sparse.picks is not None
+    end = int(counted.any(0).nonzero().max()) + 1 if bool(counted.any()) else 1
     begin = max(0, end - RECALL_QUERIES)
-    counted = _choosing(topk, dense.visible, lengths)[:, begin:end]
+    counted = counted[:, begin:end]
     shares = entry_shares(*attended, dense, begin, end)
     picks = sparse.picks[:, begin:end]
     found = (shares.gather(-1, picks.clamp(min=0)) * (picks >= 0)).sum(-1)
     best = shares.topk(min(topk, shares.shape[-1]), dim=-1).values.sum(-1)
     ratio = found / best.clamp(min=torch.finfo(best.dtype).tiny)
-    return (ratio * counted).sum() / counted.sum().clamp(min=1)
+    return torch.stack(((ratio * counted).sum(), counted.sum().to(ratio.dtype)))
 
 
 def _choosing(topk: int, visible_BT: Tensor, lengths_B: Tensor) -> Tensor:

@@ -78,13 +78,13 @@ class RowFormat:
                 plain = self.width - self.rope_dim
                 tiles = self._tiles(values[..., :plain].float())
                 amax = tiles.abs().amax(-1, keepdim=True).clamp(min=FP8_FLOOR)
-                exponent = torch.ceil(torch.log2(amax / FP8_MAX))
-                # log2 may round an exact power up or down by one place; a tile must fit and must not waste a bit.
-                exponent += (torch.ldexp(torch.full_like(amax, FP8_MAX), exponent) < amax).to(exponent.dtype)
-                scaled = torch.ldexp(tiles, -exponent).flatten(-2)[..., :plain].to(torch.float8_e4m3fn)
+                # amax / 448 = m * 2**e with 1/2 <= m < 1, so e is ceil(log2(amax / 448)) but for a power of two, whose
+                # m is 1/2. log2 itself may be off by one place: a tile must fit, and must not waste a bit.
+                mantissa, exponent = torch.frexp(amax / FP8_MAX)
+                scales = exponent - (mantissa == 0.5).int() + 127
+                scaled = (tiles * _power_of_two(254 - scales)).flatten(-2)[..., :plain].to(torch.float8_e4m3fn)
                 rope = values[..., plain:].to(torch.bfloat16).contiguous().view(torch.uint8)
-                scales = (exponent.squeeze(-1) + 127).to(torch.uint8)
-                row = torch.cat((scaled.view(torch.uint8), rope, scales), -1)
+                row = torch.cat((scaled.view(torch.uint8), rope, scales.squeeze(-1).to(torch.uint8)), -1)
                 return torch.nn.functional.pad(row, (0, size - row.shape[-1]))
 
     def decode(self, rows: Tensor, dtype: torch.dtype) -> Tensor:
@@ -102,8 +102,10 @@ class RowFormat:
                     [plain, 2 * self.rope_dim, tiles, rows.shape[-1] - plain - 2 * self.rope_dim - tiles], -1
                 )
                 values = self._tiles(elements.contiguous().view(torch.float8_e4m3fn).float())
-                values = torch.ldexp(values, scales.int().unsqueeze(-1) - 127).flatten(-2)[..., :plain]
-                return torch.cat((values.to(dtype), rope.contiguous().view(torch.bfloat16).to(dtype)), -1)
+                values = (values * _power_of_two(scales).unsqueeze(-1)).flatten(-2)[..., :plain]
+                # A copy in any case: two bytes can be read as one number only where they start at an even place.
+                rope = rope.clone(memory_format=torch.contiguous_format).view(torch.bfloat16)
+                return torch.cat((values.to(dtype), rope.to(dtype)), -1)
 
     def _tiles(self, values: Tensor) -> Tensor:
         """[..., plain channels] -> [..., tiles, 64], the last one filled up with zeros."""
@@ -154,7 +156,7 @@ class Cache:
     layers: list[LayerCache] = field(default_factory=list)
     table: np.ndarray = field(init=False)  # int64 [slots, pages of max_tokens], -1 for none
     references: np.ndarray = field(init=False)  # int64 [pages], slots that hold the page
-    free: list[int] = field(init=False)  # page numbers; the lowest is taken first
+    free: list[int] = field(init=False)  # page numbers; the last one is taken next
 
     def __post_init__(self) -> None:
         self.table = np.full((self.num_slots, -(-self.max_tokens // self.page_tokens)), -1, dtype=np.int64)
@@ -172,7 +174,8 @@ class Cache:
 
         `width` is the padded number of columns, at least the longest row. Takes the pages the new tokens need, and
         copies a shared one before it is written. A slot that starts at 0 lets go of what it held. Raises ValueError
-        past `max_tokens`, OutOfPages when there is no page, in both cases with nothing changed.
+        past `max_tokens` and for a slot that does not hold what comes before its start, OutOfPages when there is no
+        page, in each case with nothing changed.
         """
         slots, starts, lengths = (np.asarray(values, dtype=np.int64) for values in (slots, starts, lengths))
         ends = starts + lengths
@@ -182,11 +185,12 @@ class Cache:
         self._reserve(slots, starts, ends)
         width = int(lengths.max()) if width is None else width
         device = self.layers[0].window.device
-        at_starts = torch.as_tensor(starts, device=device)
+        # Copies: on the CPU `as_tensor` would share the caller's arrays, which move on before this is used up.
+        at_starts = torch.tensor(starts, device=device)
         return Extension(
-            slots=torch.as_tensor(slots, device=device),
+            slots=torch.tensor(slots, device=device),
             starts=at_starts,
-            lengths=torch.as_tensor(lengths, device=device),
+            lengths=torch.tensor(lengths, device=device),
             positions=at_starts[:, None] + torch.arange(width, device=device),
             max_end=max_end,
             pages=torch.as_tensor(self.table[slots, : -(-max_end // self.page_tokens)], device=device),
@@ -201,16 +205,28 @@ class Cache:
         rows = np.flatnonzero(~quiet)
         if not len(rows):
             return
+        lost = (starts > 0) & (self.table[slots, np.maximum(starts - 1, 0) // self.page_tokens] < 0)
+        if lost.any():
+            slot, start = slots[lost][0], starts[lost][0]
+            raise ValueError(f"slot {slot} cannot go on at position {start}: it does not hold what comes before")
+        # A rehearsal of what follows, so that nothing has changed if there are too few pages. Pages given back count,
+        # and of the rows that write to one shared page the last holder keeps it.
         returned = self.table[slots[fresh]]
         returned = returned[returned >= 0]
-        gone = int((np.bincount(returned, minlength=self.num_pages) == self.references)[np.unique(returned)].sum())
+        references = self.references - np.bincount(returned, minlength=self.num_pages)
+        available = len(self.free) + int((references[np.unique(returned)] == 0).sum())
         needed = 0
         for row in rows:
             pages = self.table[slots[row], first[row] : last[row] + 1]
-            mine = (pages >= 0) & (self.references[pages] == 1) & ~fresh[row]
-            needed += int((~mine).sum())
-        if needed > len(self.free) + gone:
-            raise OutOfPages(f"{needed} pages are needed, {len(self.free) + gone} of {self.num_pages} are free")
+            if fresh[row]:
+                needed += len(pages)
+                continue
+            held = pages >= 0
+            shared = held & (references[pages] > 1)
+            references[pages[shared]] -= 1
+            needed += int((~held | shared).sum())
+        if needed > available:
+            raise OutOfPages(f"{needed} pages are needed, {available} of {self.num_pages} are free")
         self.release(slots[fresh])
         copies: list[tuple[int, int]] = []
         for row in rows:
@@ -244,8 +260,8 @@ class Cache:
         if not len(sources):
             return
         self.release(destinations)
-        self.table[destinations] = self.table[sources]
-        held = self.table[destinations]
+        held = self.table[np.asarray(sources)]
+        self.table[np.asarray(destinations)] = held
         np.add.at(self.references, held[held >= 0], 1)
         device = self.layers[0].window.device
         source, destination = torch.as_tensor(sources, device=device), torch.as_tensor(destinations, device=device)
@@ -256,9 +272,9 @@ class Cache:
         """Copies of everything `slot` holds, to be given to `restore` of a cache of the same shape."""
         held = torch.as_tensor(self.table[slot][self.table[slot] >= 0], device=self.layers[0].window.device)
         return [
-            tensor.clone()
+            tensor
             for layer in self.layers
-            for tensor in (*(t[slot] for t in layer.per_slot()), *(t[held] for t in layer.paged()))
+            for tensor in (*(t[slot].clone() for t in layer.per_slot()), *(t[held] for t in layer.paged()))
         ]
 
     def restore(self, slot: int, snapshot: Sequence[Tensor], tokens: int) -> None:
@@ -271,7 +287,9 @@ class Cache:
             for tensor in layer.per_slot():
                 tensor[slot] = next(saved)
             for tensor in layer.paged():
-                tensor[held] = next(saved)
+                entries = next(saved)
+                assert len(entries) == pages, "a snapshot of another number of tokens"  # one page would be broadcast
+                tensor[held] = entries
 
     def num_bytes(self) -> int:
         tensors = [tensor for layer in self.layers for tensor in (*layer.per_slot(), *layer.paged())]
@@ -338,6 +356,11 @@ class Extension:
         page = self.pages.gather(1, blocks // state.per_page).clamp(min=0)
         rows = state.entries[page, blocks % state.per_page]
         return state.format.decode(rows, dtype).masked_fill((picks < 0)[..., None], 0.0)
+
+
+def _power_of_two(scale_bytes: Tensor) -> Tensor:
+    """UE8M0 bytes 0..254 of any integer dtype -> float32 2 ** (byte - 127), exactly; 255 is NaN."""
+    return scale_bytes.to(torch.uint8).view(torch.float8_e8m0fnu).float()
 
 
 def page_size(ratios: Sequence[int]) -> int:

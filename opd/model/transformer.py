@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
 from opd.config import ConfigError
-from opd.model.attention import Attention, Compressor, Indexer
+from opd.fp4 import BLOCK
+from opd.model.attention import Attention, Compressor, Indexer, Indexing
 from opd.model.cache import Cache, CompressorState, Extension, LayerCache, Layout, RowFormat, page_size
 from opd.model.hyper_connection import HyperConnection, HyperHead
 from opd.model.layers import RMSNorm, rope_frequencies, rope_rotation
@@ -53,6 +54,8 @@ class ModelOutput:
     hidden: Tensor  # [B, T, D], after the final norm: the input of the head
     balance_loss: Tensor  # 0-dim, sum over sequences of V4's sequence-wise balance loss, mean over score-routed layers
     expert_load: Tensor  # int64 [L, E], real tokens sent to each expert of each score-routed layer; [0, 0] if dense
+    index_loss: Tensor | None = None  # 0-dim, sum over sequences of the indexers' loss, mean over CSA layers; if asked
+    index_recall: Tensor | None = None  # [2]: sum and number of the recalls that `IndexReport` describes; if asked
 
 
 def v4_config(fields: dict[str, Any]) -> DeepseekV4Config:
@@ -104,6 +107,9 @@ def check_v4_config(published: DeepseekV4Config) -> None:
         if kind in config.layer_types and not (isinstance(ratio, int) and 1 <= ratio <= config.sliding_window):
             why = "tokens of an unfinished block are reachable through the window only, so it is a whole number"
             refuse(f"compress_rates.{kind}", ratio, f"{why} from 1 to sliding_window={config.sliding_window}")
+    for key in config.compress_rates:
+        if key not in (CSA, HCA):
+            refuse(f"compress_rates.{key}", config.compress_rates[key], f"choose {CSA} or {HCA}")
     for label in ("main", "compress"):
         parameters, prefix = config.rope_parameters[label], f"rope_parameters.{label}"
         kind, theta, factor = (parameters.get(key) for key in ("rope_type", "rope_theta", "partial_rotary_factor"))
@@ -186,15 +192,19 @@ class Trunk(nn.Module):
 
 
 class DeepseekV4(nn.Module):
-    """The student. `fp4` is the model config's choice of weights that are used as MXFP4 values: experts or none."""
+    """The student. `fp4` is the model config's choice of weights that are used as MXFP4 values: experts or none;
+    `fp4_index` puts the indexer's queries and keys through a Hadamard rotation and MXFP4."""
 
     main_frequencies: Tensor
     compress_frequencies: Tensor
 
-    def __init__(self, config: DeepseekV4Config, fp4: str = "none") -> None:
+    def __init__(self, config: DeepseekV4Config, fp4: str = "none", fp4_index: bool = False) -> None:
         super().__init__()
         self.config: Any = config
         self.model = Trunk(config, quantized=fp4 == "experts")
+        for block in self.blocks:
+            if (indexer := getattr(block.self_attn.compressor, "indexer", None)) is not None:
+                indexer.quantized = fp4_index
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         rope_dim = self.config.qk_rope_head_dim
         for kind in ("main", "compress"):
@@ -210,9 +220,11 @@ class DeepseekV4(nn.Module):
     def blocks(self) -> list[Block]:
         return [cast(Block, block) for block in self.model.layers]
 
-    def forward(self, token_ids: Tensor, lengths: Tensor) -> ModelOutput:
+    def forward(self, token_ids: Tensor, lengths: Tensor, indexing: Indexing = "off") -> ModelOutput:
         """Whole sequences: int64 [B, T] right-padded with any valid id, int64 [B]. Padding never reaches real tokens.
 
+        `indexing` also trains the indexers of CSA layers (see `Attention.forward`); the two index fields of the result
+        stay None when no sequence has more blocks than an indexer picks.
         Raises ValueError when T exceeds the configured context.
         """
         length = token_ids.shape[1]
@@ -222,12 +234,14 @@ class DeepseekV4(nn.Module):
         real = positions < lengths[:, None]
         rotations = self._rotations(positions[None])
         streams = self._embed(token_ids)
-        balance, load = [], []
+        balance, load, reports = [], [], []
         for block in self.blocks:
             rotation, frequencies = rotations[block.self_attn.compressor is not None]
             collapsed, post, residual = block.attn_hc.collapse(streams)
             h = block.input_layernorm(collapsed).view(*token_ids.shape, -1)
-            mixed, _ = block.self_attn(h, rotation, frequencies)
+            mixed, report = block.self_attn(h, rotation, frequencies, lengths, indexing)
+            if report is not None:
+                reports.append(report)
             streams = block.attn_hc.expand(streams, mixed.flatten(0, 1), post, residual)
             streams, scores, chosen = block.mix_experts(streams, token_ids)
             if not block.mlp.gate.is_hash:
@@ -235,9 +249,13 @@ class DeepseekV4(nn.Module):
                 balance.append(layer_balance)
                 load.append(layer_load)
         hidden = self.model.norm(self.model.hc_head(streams)).view(*token_ids.shape, -1)
-        if not load:
-            return ModelOutput(hidden, hidden.new_zeros(()), torch.zeros(0, 0, dtype=torch.int64))
-        return ModelOutput(hidden, torch.stack(balance).mean(), torch.stack(load))
+        output = ModelOutput(hidden, hidden.new_zeros(()), torch.zeros(0, 0, dtype=torch.int64))
+        if load:
+            output.balance_loss, output.expert_load = torch.stack(balance).mean(), torch.stack(load)
+        if reports:
+            output.index_loss = torch.stack([report.loss for report in reports]).mean()
+            output.index_recall = torch.stack([report.recall for report in reports]).sum(0)
+        return output
 
     def extend(self, token_ids: Tensor, cache: Cache, at: Extension) -> Tensor:
         """New tokens of cached sequences: int64 [B, T] right-padded -> hidden [B, T, D]; the cache moves on.
@@ -261,9 +279,12 @@ class DeepseekV4(nn.Module):
     ) -> Cache:
         """An empty cache on the parameters' device; "plain" is in their dtype. `num_pages` None: enough for all slots.
 
-        Raises ValueError for the packed layout where index keys do not divide into FP4 blocks.
+        The packed layout stores index keys in MXFP4, which changes nothing where `fp4_index` has them in it already.
+        Raises ValueError for it where index keys do not divide into blocks of 32.
         """
         config, dtype, device = self.config, self.lm_head.weight.dtype, self.lm_head.weight.device
+        if layout == "packed" and config.index_head_dim % BLOCK:
+            raise ValueError(f"index_head_dim={config.index_head_dim} is not a multiple of {BLOCK}: no packed layout")
         compressors = [compressor for block in self.blocks if (compressor := block.self_attn.compressor) is not None]
         page_tokens = page_size([compressor.ratio for compressor in compressors])
         if num_pages is None:
