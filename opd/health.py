@@ -83,7 +83,6 @@ class _Series:
 
     first: list[float] = field(default_factory=list)
     recent: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=64))
-    best: float = -math.inf
 
     def last(self, count: int) -> list[float]:
         return [value for _, value in self.recent][-count:]
@@ -111,7 +110,6 @@ class Health:
             if len(series.first) < self.levels.baseline:
                 series.first.append(value)
             series.recent.append((step, value))
-            series.best = max(series.best, value)
         for rule in (
             _distant_teacher,
             _nothing_to_teach,
@@ -303,17 +301,23 @@ def _truncated_dominate(values: Mapping[str, float], history: History, levels: L
 
 def _teacher_hacking(values: Mapping[str, float], history: History, levels: Levels) -> list[Finding]:
     findings: list[Finding] = []
-    for domain, accuracy in _by_name(values, "eval/pass_at_1"):
+    for domain, _ in _by_name(values, "eval/pass_at_1"):
         kls = history.get(f"distill/reverse_kl/{domain}")
         if kls is None or len(kls.recent) <= levels.baseline:
             continue
-        best = history[f"eval/pass_at_1/{domain}"].best
+        # Evaluations inside a run are of few prompts: one of them says little, the best of many is flattered by chance.
+        accuracies = [accuracy for _, accuracy in history[f"eval/pass_at_1/{domain}"].recent]
+        runs = [fmean(run) for run in zip(*(accuracies[start:] for start in range(levels.baseline)), strict=False)]
+        if not runs:
+            continue
+        best, accuracy = max(runs), runs[-1]
         initial, now = fmean(kls.first), fmean(kls.last(levels.baseline))
         if best - accuracy >= levels.hacking_accuracy_fall and now < initial * (1 - levels.hacking_kl_fall):
             message = (
                 f"domain {domain}: reverse KL fell from {initial:.4f} to {now:.4f} nats/token (alarm: by "
                 f"{levels.hacking_kl_fall:.0%}) while accuracy fell from {best:.3f} to {accuracy:.3f} (alarm: by "
-                f"{levels.hacking_accuracy_fall}). The student may please the teacher on prefixes it can not judge: "
+                f"{levels.hacking_accuracy_fall}, {levels.baseline} evaluations together). The student may please "
+                "the teacher on prefixes it can not judge: "
                 "read its completions, shorten max_new_tokens, go back to the checkpoint with the best accuracy"
             )
             findings.append(Finding(rule="teacher_hacking", severity="error", subject=domain, message=message))

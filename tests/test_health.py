@@ -110,8 +110,18 @@ def taught(step: int, values: dict[str, float]) -> None:
 
 
 def hacked(step: int, values: dict[str, float]) -> None:
-    if "eval/pass_at_1/sort" in values:
-        values["eval/pass_at_1/sort"] = 0.8 if step < 50 else 0.6
+    values.pop("eval/pass_at_1/sort", None)
+    if step % 10 == 0:
+        values["eval/pass_at_1/sort"] = 0.8 if step < 40 else 0.6
+
+
+def test_one_low_evaluation_is_chance() -> None:
+    def unlucky(step: int, values: dict[str, float]) -> None:
+        values.pop("eval/pass_at_1/sort", None)
+        if step % 10 == 0:
+            values["eval/pass_at_1/sort"] = 0.75 if step in (30, 60) else 0.6  # of 64 prompts, at a true 0.65
+
+    assert rules(run(unlucky)) == set()
 
 
 def sharpened(step: int, values: dict[str, float]) -> None:

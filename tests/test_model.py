@@ -25,9 +25,10 @@ from transformers import AutoModelForCausalLM, DeepseekV4Config, DeepseekV4ForCa
 import opd.model.attention
 import opd.model.sparse
 from opd.config import ConfigError, ModelConfig
+from opd.fp4 import fake_quantize
 from opd.model import DeepseekV4, load_model, new_v4
-from opd.model.attention import Attention, Compressor
-from opd.model.cache import Cache
+from opd.model.attention import Attention, Compressor, hadamard, index_scores
+from opd.model.cache import Cache, Layout
 from opd.model.hyper_connection import HyperConnection, HyperHead, sinkhorn
 from opd.model.layers import (
     GroupedLinear,
@@ -40,7 +41,7 @@ from opd.model.layers import (
     unit_rms,
 )
 from opd.model.moe import SCORING, Router, balance_statistics
-from opd.model.sparse import Reach, sparse_attention, top_entries
+from opd.model.sparse import Reach, entry_shares, sparse_attention, top_entries
 from opd.model.transformer import CSA, HCA, WINDOW_ONLY, check_v4_config, initialize, num_parameters, v4_config
 from opd.weights import apply_snapshot, save_checkpoint, snapshot_of
 from tests import oracles
@@ -303,12 +304,15 @@ def test_more_tokens_than_the_context_are_refused() -> None:
 # ---- decoding with a cache -------------------------------------------------------------------------------------------
 
 
-def poisoned_cache(model: DeepseekV4, num_slots: int, max_tokens: int) -> Cache:
-    """Nothing that an earlier occupant left may be read: here every number it left is NaN."""
-    cache = model.new_cache(num_slots, max_tokens)
+def poisoned_cache(
+    model: DeepseekV4, num_slots: int, max_tokens: int, num_pages: int | None = None, layout: Layout = "plain"
+) -> Cache:
+    """Nothing that an earlier occupant left may be read: here every number it left is NaN, which byte 255 is in E4M3
+    and UE8M0 and, twice, in BF16."""
+    cache = model.new_cache(num_slots, max_tokens, num_pages, layout)
     for layer in cache.layers:
         for tensor in (*layer.per_slot(), *layer.paged()):
-            tensor.fill_(torch.nan)
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 255)
     return cache
 
 
@@ -664,6 +668,125 @@ def test_blocked_attention_and_its_gradient_are_the_slow_ones(
         torch.autograd.grad(fast, leaves, weight), torch.autograd.grad(slow, leaves, weight), strict=True
     ):
         assert error(got, expected) < 1e-12
+
+
+def slow_index_loss(attention: Attention, frequencies: Tensor, h: Tensor, lengths: list[int], dense: bool) -> Tensor:
+    """Query by query: shares of attention over the entries, summed over heads, against softmax of the index scores."""
+    compressor = compressor_of(attention)
+    indexer: Any = compressor.indexer
+    total = torch.zeros((), dtype=torch.float64)
+    for b, length in enumerate(lengths):
+        with torch.no_grad():
+            entries = compressor.compress(h[b : b + 1], frequencies)[0]
+            rotation = rope_rotation(torch.arange(h.shape[1]), frequencies)
+            keys = rotate(attention.kv_norm(attention.kv_proj(h[b])), rotation)
+            latent = attention.q_a_norm(attention.q_a_proj(h[b]))
+            queries = attention.q_b_proj(latent).view(-1, attention.heads, attention.head_dim)
+            queries = queries / (queries.pow(2).mean(-1, keepdim=True) + attention.eps).sqrt()
+            queries = rotate(queries, rotation[:, None])
+        index_keys = indexer.compress(h[b : b + 1], frequencies)[0]
+        losses = []
+        for t in range(length):
+            visible = (t + 1) // compressor.ratio
+            if visible <= indexer.topk:
+                continue
+            heads = rotate(indexer.q_b_proj(latent[t]).view(indexer.heads, -1), rotation[t])
+            weights = indexer.scorer.weights_proj(h[b, t]) / math.sqrt(indexer.heads * indexer.width)
+            scores = [
+                sum(w * (q @ index_keys[i]).clamp(min=0) for w, q in zip(weights, heads, strict=True))
+                for i in range(visible)
+            ]
+            order = sorted(range(visible), key=lambda i: (-float(scores[i]), i))
+            compared = sorted(order[: visible if dense else indexer.topk])
+            window = keys[max(0, t - attention.window + 1) : t + 1]
+            share = torch.zeros(len(compared), dtype=torch.float64)
+            with torch.no_grad():
+                for head in range(attention.heads):
+                    stacked = torch.cat((window, entries[compared]))
+                    logits = stacked @ queries[t, head] / math.sqrt(attention.head_dim)
+                    share += torch.softmax(torch.cat((logits, attention.sinks[head : head + 1])), 0)[len(window) : -1]
+            share = share / share.sum()
+            log_q = torch.log_softmax(torch.stack([scores[i] for i in compared]), 0)
+            losses.append((share * (share.log() - log_q)).sum())
+        if losses:
+            total = total + torch.stack(losses).mean()
+    return total
+
+
+@pytest.mark.parametrize("indexing", ["dense", "sparse"])
+@pytest.mark.parametrize("block", [128, 7])
+def test_the_indexer_learns_from_attention_and_moves_nothing_else(
+    indexing: Any, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(opd.model.attention, "QUERY_BLOCK", block)
+    attention, frequencies = one_attention(CSA, index_topk=2)
+    h = inputs(3, 26, 32).requires_grad_()
+    lengths = [26, 17, 11]  # the last has no query that must choose
+    rotation = rope_rotation(torch.arange(26), frequencies)[None]
+    _, report = attention(h, rotation, frequencies, torch.tensor(lengths), indexing)
+    assert report is not None
+    slow = slow_index_loss(attention, frequencies, h.detach(), lengths, indexing == "dense")
+    assert error(report.loss, slow) < 1e-12
+    indexer: Any = compressor_of(attention).indexer
+    parameters = list(indexer.parameters())
+    assert torch.autograd.grad(report.loss, h, retain_graph=True, allow_unused=True) == (None,)
+    others = [p for p in attention.parameters() if all(p is not q for q in parameters)]
+    assert set(torch.autograd.grad(report.loss, others, retain_graph=True, allow_unused=True)) == {None}
+    for got, expected in zip(
+        torch.autograd.grad(report.loss, parameters), torch.autograd.grad(slow, parameters), strict=True
+    ):
+        assert error(got, expected) < 1e-12 and float(expected.abs().max()) > 0
+
+
+def test_dense_indexing_attends_to_every_block_and_recall_is_one_when_nothing_is_missed() -> None:
+    attention, frequencies = one_attention(CSA, index_topk=2)
+    h = inputs(2, 26, 32)
+    rotation, lengths = rope_rotation(torch.arange(26), frequencies)[None], torch.tensor([26, 26])
+    dense, report = attention(h, rotation, frequencies, lengths, "dense")
+    assert report is not None and 0 < float(report.recall[0]) < float(report.recall[1])
+    sparse, _ = attention(h, rotation, frequencies, lengths, "sparse")
+    assert error(sparse, run_attention(attention, frequencies, h)) < 1e-12
+    indexer: Any = compressor_of(attention).indexer
+    indexer.topk = 6
+    assert error(dense, run_attention(attention, frequencies, h)) < 1e-12
+    assert attention(h, rotation, frequencies, lengths, "dense")[1] is None  # six blocks, six picks
+    indexer.topk = 2
+    with pytest.MonkeyPatch().context() as patch:  # picks that rank as attention does miss nothing
+        query = attention._queries(h, rotation)[1]
+        recent = rotate(attention.kv_norm(attention.kv_proj(h)), rotation)
+        entries = compressor_of(attention).compress(h, frequencies)
+        visible = ((torch.arange(26) + 1) // 4)[None]
+        reach = Reach(attention.window, visible=visible, ratio=4)
+        shares = entry_shares(query, recent, entries, attention.sinks, reach, 0, 26)
+        hidden = torch.arange(6) >= visible[..., None]
+        patch.setattr(indexer, "pick", lambda *_: top_entries(shares.masked_fill(hidden, -torch.inf), 2))
+        _, report = attention(h, rotation, frequencies, lengths, "sparse")
+    assert report is not None and error(report.recall[0], report.recall[1]) < 1e-9
+
+
+def test_index_scores_survive_the_hadamard_rotation_and_are_mxfp4_when_asked() -> None:
+    matrix = hadamard(64)
+    assert error(matrix @ matrix.T, torch.eye(64)) < 1e-6 and torch.equal(matrix, matrix.T)
+    attention, frequencies = one_attention(CSA, index_topk=2, index_head_dim=32)
+    indexer: Any = compressor_of(attention).indexer
+    h, latent = inputs(2, 26, 32), inputs(2, 26, 24)
+    rotation = rope_rotation(torch.arange(26), frequencies)[None]
+
+    def scored() -> Tensor:
+        query, weights = indexer.queries(h, latent, rotation)
+        return index_scores(query, weights, indexer.compress(h, frequencies))
+
+    plain = scored()
+    with pytest.MonkeyPatch().context() as patch:
+        indexer.quantized = True
+        patch.setattr(opd.model.attention, "fake_quantize", lambda x: x)
+        assert error(scored(), plain) < 1e-5  # the matrix is float32
+    rounded = scored()
+    keys = indexer.compress(h, frequencies)
+    assert torch.equal(fake_quantize(keys), keys)  # idempotent: MXFP4 values already
+    assert 1e-3 < error(rounded, plain) / float(plain.abs().max()) < 0.3
+    rounded.sum().backward()  # straight through
+    assert all(float(p.grad.abs().sum()) > 0 for p in indexer.parameters())
 
 
 @pytest.mark.parametrize("kind", [CSA, HCA])
