@@ -693,7 +693,7 @@ def slow_index_loss(attention: Attention, frequencies: Tensor, h: Tensor, length
             heads = rotate(indexer.q_b_proj(latent[t]).view(indexer.heads, -1), rotation[t])
             weights = indexer.scorer.weights_proj(h[b, t]) / math.sqrt(indexer.heads * indexer.width)
             scores = [
-                sum(w * (q @ index_keys[i]).clamp(min=0) for w, q in zip(weights, heads, strict=True))
+                torch.stack([w * (q @ index_keys[i]).clamp(min=0) for w, q in zip(weights, heads, strict=True)]).sum()
                 for i in range(visible)
             ]
             order = sorted(range(visible), key=lambda i: (-float(scores[i]), i))

@@ -82,6 +82,7 @@ class RowFormat:
                 # m is 1/2. log2 itself may be off by one place: a tile must fit, and must not waste a bit.
                 mantissa, exponent = torch.frexp(amax / FP8_MAX)
                 scales = exponent - (mantissa == 0.5).int() + 127
+                scales.masked_fill_(~amax.isfinite(), 255)  # NaN: an infinity must not be read as 448
                 scaled = (tiles * _power_of_two(254 - scales)).flatten(-2)[..., :plain].to(torch.float8_e4m3fn)
                 rope = values[..., plain:].to(torch.bfloat16).contiguous().view(torch.uint8)
                 row = torch.cat((scaled.view(torch.uint8), rope, scales.squeeze(-1).to(torch.uint8)), -1)
@@ -359,10 +360,10 @@ class Extension:
 
 
 def _power_of_two(scale_bytes: Tensor) -> Tensor:
-    """UE8M0 bytes 0..254 of any integer dtype -> float32 2 ** (byte - 127), exactly; 255 is NaN."""
+    """UE8M0 bytes of any integer dtype -> float32 2 ** (byte - 127), exactly; 255 is NaN."""
     return scale_bytes.to(torch.uint8).view(torch.float8_e8m0fnu).float()
 
 
 def page_size(ratios: Sequence[int]) -> int:
-    """Tokens of a page: the smallest number that whole entries of every layer fill, 1 for none."""
-    return math.lcm(*ratios) if ratios else 1
+    """Tokens of a page: the smallest number that whole entries of every layer fill; one huge page where there are none."""
+    return math.lcm(*ratios) if ratios else 1 << 30
