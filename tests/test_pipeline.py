@@ -42,7 +42,7 @@ TINY = (
     "model.config.q_lora_rank=32",
     "model.config.o_lora_rank=32",
     "model.config.index_n_heads=2",
-    "model.config.index_head_dim=16",
+    "model.config.index_head_dim=32",
     "rollout.sampling.max_new_tokens=4",
     "eval.samples=2",
     "stages.base.steps=12",
@@ -378,7 +378,13 @@ def test_a_hugging_face_student(world: World) -> None:
     assert chat.vocab_size < config.vocab_size
     Qwen3ForCausalLM(config).save_pretrained(world.root / "qwen")
     chat.save(world.root / "qwen")
-    settings = ["model.family=hf", "model.fp4=none", f"model.path={world.root}/qwen", "stages.sft.learning_rate=5e-3"]
+    settings = [
+        "model.family=hf",
+        "model.fp4=none",
+        "model.fp4_index=false",
+        f"model.path={world.root}/qwen",
+        "stages.sft.learning_rate=5e-3",
+    ]
     settings += ["teachers.copy.family=hf", "teachers.next.family=hf", "stages.distill.eval_every=40"]
     settings += ["stages.distill.steps=80", "stages.distill.learning_rate=2e-3", "stages.distill.kl_temperature=1"]
     world.opd("base", "qwen", *settings, "stages.base.learning_rate=5e-3")

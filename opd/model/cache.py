@@ -365,5 +365,5 @@ def _power_of_two(scale_bytes: Tensor) -> Tensor:
 
 
 def page_size(ratios: Sequence[int]) -> int:
-    """Tokens of a page: the smallest number that whole entries of every layer fill; one huge page where there are none."""
+    """Tokens of a page: the smallest number that whole entries of every layer fill; one huge page for none."""
     return math.lcm(*ratios) if ratios else 1 << 30
