@@ -75,7 +75,9 @@ class ModelConfig:
     revision: str | None = None  # of a hub id
     config: dict[str, Any] = field(default_factory=dict)  # fields of transformers' DeepseekV4Config, by those names
     max_tokens: int = 128  # context of this run: prompt and completion together
-    fp4: str = "experts"  # experts | none: which weights are trained, published and sampled as MXFP4
+    # Which weights are trained, published and sampled as MXFP4: experts (routed, of a deepseek_v4) | linears (the large
+    # ones of an hf model) | none.
+    fp4: str = "experts"
     fp4_index: bool = False  # V4's lightning indexer: queries and keys rotated by a Hadamard matrix, then MXFP4
 
 
@@ -124,6 +126,7 @@ class CompletionConfig:
 
     top_p: float = 1.0
     top_k: int = 0  # 0: off
+    min_p: float = 0.0  # cuts off tokens less likely than this share of the likeliest; 0: off
     max_new_tokens: int = 32
 
 
@@ -138,6 +141,13 @@ class SamplingConfig(CompletionConfig):
 class RolloutConfig:
     num_workers: int = 1
     num_slots: int = 64  # trajectories decoded at once by a worker
+    prefill_tokens: int = 8192  # most tokens of prompts (padding included) read between two decoding steps
+    # Of a worker's cache (deepseek_v4). When it is full, the youngest trajectories wait and are read again later. null:
+    # as much as all slots at full length can need.
+    cache_bytes: int | None = None
+    # What a sampled token outlives. none: nothing, a dead worker's trajectories are sampled anew | process: the death
+    # of its worker | machine: a power failure, for one flush of the disk per token (scripts/bench rollout measures it).
+    wal: str = "process"
     sampling: CompletionConfig = field(default_factory=CompletionConfig)
 
 
@@ -210,6 +220,9 @@ class StageConfig:
     # alone, and which exists where a sequence has more CSA blocks than `index_topk`.
     indexer_loss: float = 1.0
     indexer_dense_steps: int = 0  # the first steps attend to all blocks and compare over all of them (warm-up)
+    # Of the loss of multi-token prediction, where the model has the block (model.config.num_nextn_predict_layers=1); a
+    # third of it over the steps of `decay_fraction`, as V4's 0.3 and 0.1. Learned from demonstrations only; 0: frozen.
+    mtp_weight: float = 0.3
 
 
 @dataclass
@@ -218,6 +231,7 @@ class GrpoConfig(StageConfig):
     clip: float = 0.2  # epsilon of the ratio clip
     kl_coefficient: float = 0.0  # beta of V3.2's unbiased KL to the SFT policy; 0: no reference
     indexer_loss: float = 0.0
+    mtp_weight: float = 0.0
 
 
 @dataclass
@@ -225,6 +239,7 @@ class DistillConfig(StageConfig):
     kl_temperature: float = 1.0  # tau: both logits are divided by it
     hidden_dtype: str = "bfloat16"  # bfloat16 | float32: how the teachers' hidden states are stored and sent
     indexer_loss: float = 0.0
+    mtp_weight: float = 0.0
 
 
 @dataclass
@@ -351,12 +366,14 @@ def _check_name(key: str, name: str) -> None:
 def _check_model(config: Config) -> None:
     model = config.model
     one_of("model.family", model.family, ("deepseek_v4", "hf"))
-    one_of("model.fp4", model.fp4, ("experts", "none"))
+    one_of("model.fp4", model.fp4, ("experts", "linears", "none"))
     at_least("model.max_tokens", model.max_tokens, 2)
     if model.family == "hf" and not model.path:
         raise ConfigError("model.path is null; model.family=hf needs the folder or hub id of a checkpoint")
-    if model.family == "hf" and model.fp4 != "none":
-        raise ConfigError(f"model.fp4={model.fp4} needs model.family=deepseek_v4; with family=hf it must be none")
+    if model.family == "hf" and model.fp4 == "experts":
+        raise ConfigError("model.fp4=experts needs model.family=deepseek_v4; with family=hf it must be linears or none")
+    if model.family == "deepseek_v4" and model.fp4 == "linears":
+        raise ConfigError("model.fp4=linears needs model.family=hf; with family=deepseek_v4 it must be experts or none")
     if model.family == "hf" and model.fp4_index:
         raise ConfigError("model.fp4_index=true needs model.family=deepseek_v4; with family=hf it must be false")
 
@@ -398,15 +415,23 @@ def _check_rollout(config: Config) -> None:
     at_least("rollout.sampling.top_k", sampling.top_k, 0)
     if not 0.0 < sampling.top_p <= 1.0:
         raise ConfigError(f"rollout.sampling.top_p={sampling.top_p} is not in (0, 1]")
+    within("rollout.sampling.min_p", sampling.min_p, 0, 1, below=True)
+    at_least("rollout.prefill_tokens", rollout.prefill_tokens, 1)
+    at_least("rollout.cache_bytes", rollout.cache_bytes, 1)
+    one_of("rollout.wal", rollout.wal, ("none", "process", "machine"))
+    if config.model.family == "hf":
+        why = "model.family=hf is decoded batch by batch, with transformers' own cache"
+        unset("rollout.cache_bytes", rollout.cache_bytes, None, why)
+        unset("rollout.prefill_tokens", rollout.prefill_tokens, RolloutConfig().prefill_tokens, why)
     if sampling.max_new_tokens >= config.model.max_tokens:
         raise ConfigError(
             f"rollout.sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "
             f"model.max_tokens={config.model.max_tokens}"
         )
-    if config.stages.grpo.steps > 0 and (sampling.top_p < 1.0 or sampling.top_k > 0):
+    if config.stages.grpo.steps > 0 and (sampling.top_p < 1.0 or sampling.top_k > 0 or sampling.min_p > 0):
         raise ConfigError(
-            f"rollout.sampling.top_p={sampling.top_p} and top_k={sampling.top_k} must be off (1.0 and 0) when "
-            "stages.grpo.steps > 0: GRPO's ratio compares untruncated distributions"
+            f"rollout.sampling.top_p={sampling.top_p}, min_p={sampling.min_p} and top_k={sampling.top_k} must be off "
+            "(1.0, 0 and 0) when stages.grpo.steps > 0: GRPO's ratio compares untruncated distributions"
         )
 
 
@@ -475,9 +500,12 @@ def _check_stage(key: str, stage: StageConfig) -> None:
         ("checkpoint_every", 0),
         ("indexer_loss", 0),
         ("indexer_dense_steps", 0),
+        ("mtp_weight", 0),
     ):
         at_least(f"{key}.{setting}", getattr(stage, setting), lowest)
     within(f"{key}.decay_fraction", stage.decay_fraction, 0, 1)
+    if isinstance(stage, GrpoConfig | DistillConfig):
+        unset(f"{key}.mtp_weight", stage.mtp_weight, 0.0, "multi-token prediction learns from demonstrations only")
     match stage:
         case GrpoConfig():
             above(f"{key}.clip", stage.clip, 0)

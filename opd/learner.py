@@ -94,6 +94,8 @@ class StepStats:
     index_loss: float = 0.0  # the indexers', per row, before its weight
     index_recall: float = 0.0  # sum over `index_queries` sampled queries
     index_queries: float = 0.0
+    mtp_nll: float = 0.0  # sum over this rank's tokens / `num_mtp_tokens`, before its weight
+    num_mtp_tokens: int = 0  # of the whole step, loss tokens that multi-token prediction was trained on
     domains: dict[str, Sums] = field(default_factory=dict)
     teachers: dict[str, Sums] = field(default_factory=dict)
     gap: dict[str, float] = field(default_factory=dict)  # of `opd.losses.sampler_gap`, policy against sampler
@@ -118,6 +120,12 @@ def learning_rate_at(step: int, stage: StageConfig, total_steps: int) -> float:
     return rate
 
 
+def mtp_weight_at(step: int, stage: StageConfig, total_steps: int) -> float:
+    """Of multi-token prediction at step 0, 1, ...: a third of `mtp_weight` once the learning rate decays."""
+    is_decaying = step >= total_steps - round(stage.decay_fraction * total_steps)
+    return stage.mtp_weight / 3 if is_decaying else stage.mtp_weight
+
+
 def merge_stats(ranks: Sequence[StepStats]) -> dict[str, float]:
     """The metrics of a step, by the names of `opd.metrics.CATALOGUE`, from what all ranks returned."""
     first = ranks[0]
@@ -133,6 +141,8 @@ def merge_stats(ranks: Sequence[StepStats]) -> dict[str, float]:
     if queries := sum(rank.index_queries for rank in ranks):
         metrics["train/index_loss"] = sum(rank.index_loss for rank in ranks)
         metrics["train/index_recall"] = sum(rank.index_recall for rank in ranks) / queries
+    if first.num_mtp_tokens:
+        metrics["sft/mtp_nll"] = sum(rank.mtp_nll for rank in ranks)
     domains, teachers, everything = _merged(r.domains for r in ranks), _merged(r.teachers for r in ranks), Sums()
     for domain, sums in domains.items():
         everything.add(sums)
@@ -209,6 +219,7 @@ class Work:
     balance_weight: float  # of each row's balance loss
     index_weight: float = 0.0  # of each row's indexer loss
     indexing: Indexing = "off"
+    mtp_weight: float = 0.0  # of each token's multi-token-prediction loss; 0: the block does not run
 
 
 @dataclass(slots=True, kw_only=True)
@@ -222,6 +233,7 @@ class Outcome:
     logprobs: Tensor  # [N] of the targets at `stage.temperature`, the sampler's
     index_loss: Tensor | None = None  # 0-dim, sum over rows
     index_recall: Tensor | None = None  # [2], sum and number
+    mtp_nll: Tensor | None = None  # 0-dim, sum over the tokens it predicted
 
 
 class Objective(nn.Module):
@@ -244,8 +256,10 @@ class Objective(nn.Module):
         tie = _Tie.apply(*self.model.parameters()) if self.is_tied else 0.0  # first, so that its backward runs last
         batch = work.batch
         trains_index = work.indexing != "off" and isinstance(self.model, DeepseekV4)
-        indexing = {"indexing": work.indexing} if trains_index else {}
-        output = self.model(batch.token_ids, batch.lengths, **indexing)
+        options: dict[str, Any] = {"indexing": work.indexing} if trains_index else {}
+        if work.mtp_weight > 0:
+            options["mtp"] = True
+        output = self.model(batch.token_ids, batch.lengths, **options)
         hidden = output.hidden[batch.rows, batch.positions]
         outcome, loss = self._loss(hidden, work)
         outcome.balance_loss, outcome.expert_load = output.balance_loss.detach(), output.expert_load
@@ -253,7 +267,18 @@ class Objective(nn.Module):
         if output.index_loss is not None:
             outcome.index_loss, outcome.index_recall = output.index_loss.detach(), output.index_recall
             loss = loss + work.index_weight * output.index_loss
+        if output.mtp_hidden is not None:
+            nll = self._mtp_nll(output.mtp_hidden, batch)
+            outcome.mtp_nll = nll.detach()
+            loss = loss + work.mtp_weight * nll
         return loss, outcome
+
+    def _mtp_nll(self, hidden: Tensor, batch: Batch) -> Tensor:
+        """Sum over the loss tokens of minus their log-probability two states before their own; index 1 has none."""
+        ahead = batch.positions > 0
+        states = hidden[batch.rows[ahead], batch.positions[ahead] - 1]
+        logprobs, _ = token_logprobs(states, self.model.head, batch.targets[ahead], **self.tiles)
+        return -logprobs.sum()
 
     def _loss(self, hidden: Tensor, work: Work) -> tuple[Outcome, Tensor]:
         batch, head = work.batch, self.model.head
@@ -348,15 +373,20 @@ class Learner:
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
         _join(settings)
-        model = load_model(settings.model).to(settings.device)
+        model = load_model(settings.model, mtp=True).to(settings.device)
         model.eval()  # no dropout: the loss is a function of the policy that sampled
         self.model = model
         self._reference: Policy | None = None
         if isinstance(stage, GrpoConfig) and stage.kl_coefficient > 0:
             self._reference = copy.deepcopy(model).requires_grad_(False)
+        self._mtp = model.mtp if isinstance(model, DeepseekV4) and len(model.mtp) else None
+        self._trains_mtp = self._mtp is not None and stage.mtp_weight > 0
+        if self._mtp is not None and not self._trains_mtp:
+            self._mtp.requires_grad_(False)  # kept for the checkpoint, and no weight decay eats it
         with torch.no_grad():
             token = torch.zeros(1, 1, dtype=torch.int64, device=settings.device)
-            load = model(token, torch.ones(1, dtype=torch.int64, device=settings.device)).expert_load
+            options = {"mtp": True} if self._trains_mtp else {}
+            load = model(token, torch.ones(1, dtype=torch.int64, device=settings.device), **options).expert_load
         self._no_load = torch.zeros_like(load, device=settings.device)
         self._objective = Objective(model, settings)
         self._engine = _start_engine(self._objective, settings)
@@ -382,6 +412,9 @@ class Learner:
         for group in self._optimizer.param_groups:
             group["lr"] = rate
         stats = StepStats(num_loss_tokens=plan.num_loss_tokens, learning_rate=rate)
+        if self._trains_mtp:
+            items = (item for rank in plan.ranks for micro_batch in rank for item in micro_batch.items)
+            stats.num_mtp_tokens = sum(int(item.trajectory.loss_mask[2:].sum()) for item in items)
         load = self._no_load.clone()
         problems: list[str] = []
         head: Tensor | None = None
@@ -409,7 +442,7 @@ class Learner:
         self, micro_batch: MicroBatch, head: Tensor | None, plan: Plan, stats: StepStats, problems: list[str]
     ) -> Tensor:
         """Forward, backward and numbers of one micro-batch; returns its expert load. Holds on to nothing."""
-        work = self._work(micro_batch, head, plan)
+        work = self._work(micro_batch, head, plan, stats.num_mtp_tokens)
         loss, outcome = self._engine(work)
         self._record(stats, micro_batch, work, outcome, plan)
         if not math.isfinite(loss.item()):
@@ -424,9 +457,8 @@ class Learner:
         return outcome.expert_load.to(self.settings.device)
 
     def snapshot(self, policy_version: int) -> WeightSnapshot:
-        """A copy of the policy's weights on the CPU, experts packed as MXFP4 if `model.fp4` says so."""
-        model = self.settings.model
-        return snapshot_of(self.model, policy_version, model.fp4 if model.family == "deepseek_v4" else "none")
+        """A copy of the policy's weights on the CPU, packed as MXFP4 where `model.fp4` says so."""
+        return snapshot_of(self.model, policy_version, self.settings.model.fp4)
 
     def publish(self, policy_version: int) -> Any:
         """Puts a snapshot into the store once and returns its handle, which every rollout worker can read."""
@@ -465,7 +497,7 @@ class Learner:
         for key, value in self._layout().items():
             if saved.get(key) != value:
                 raise ConfigError(f"{state} was saved with {key}={saved.get(key)}, this run has {key}={value}")
-        loaded = named_weights(load_model(settings.model, path=str(folder / "hf")))
+        loaded = named_weights(load_model(settings.model, path=str(folder / "hf"), mtp=True))
         with torch.no_grad():
             for name, weight in named_weights(self.model).items():
                 weight.copy_(loaded[name])
@@ -501,6 +533,8 @@ class Learner:
         }
         if learner.zero_stage > 0:
             layout["learner.num_ranks"] = self.settings.world_size
+        if self._mtp is not None:  # whose parameters the optimizer has, or has not
+            layout["mtp_weight > 0"] = self._trains_mtp
         return layout
 
     def _fetch_head(self, head: TeacherHead) -> Tensor:
@@ -521,7 +555,7 @@ class Learner:
             self._verified_heads.add((head.teacher, head.content_hash))
         return weight.to(self.settings.device)
 
-    def _work(self, micro_batch: MicroBatch, head: Tensor | None, plan: Plan) -> Work:
+    def _work(self, micro_batch: MicroBatch, head: Tensor | None, plan: Plan, num_mtp_tokens: int) -> Work:
         device, items = self.settings.device, micro_batch.items
         batch = collate([item.trajectory for item in items], pad_id=0)
         signals = [item.signal for item in items]
@@ -540,6 +574,7 @@ class Learner:
                 task = Distill(hidden=self._fetch_hidden(micro_batch, head), head=head)
         stage = self.settings.stage
         indexing = "dense" if self._step < stage.indexer_dense_steps else "sparse"
+        mtp_weight = mtp_weight_at(self._step, stage, self.settings.total_steps) / max(1, num_mtp_tokens)
         return Work(
             batch=batch,
             task=task,
@@ -547,6 +582,7 @@ class Learner:
             balance_weight=self.settings.learner.balance_loss / plan.num_rows,
             index_weight=stage.indexer_loss / plan.num_rows,
             indexing=indexing if stage.indexer_loss > 0 else "off",
+            mtp_weight=mtp_weight if self._trains_mtp else 0.0,
         )
 
     @torch.no_grad()
@@ -593,6 +629,8 @@ class Learner:
             recall, number = outcome.index_recall.tolist()
             stats.index_recall += recall
             stats.index_queries += number
+        if outcome.mtp_nll is not None:
+            stats.mtp_nll += outcome.mtp_nll.item() / max(1, stats.num_mtp_tokens)
         rows, items = work.batch.rows, micro_batch.items
         values = torch.stack([value.double() for value in outcome.per_token.values()])
         totals = values.new_zeros(len(values), len(items)).index_add_(1, rows, values).tolist()

@@ -47,6 +47,7 @@ CATALOGUE: dict[str, str] = {
     "train/load_imbalance": "largest expert load of a layer over that layer's mean, worst layer; 0 for dense models",
     "sft/nll/<domain>": "minus the log-probability of demonstrated tokens, mean [nats/token]",
     "sft/entropy/<domain>": "entropy of the policy's next-token distribution on demonstrations, mean [nats/token]",
+    "sft/mtp_nll": "the same by the multi-token-prediction block, from one token less, all domains [nats/token]",
     "distill/reverse_kl": "KL(student || teacher) over the whole vocabulary, mean of loss tokens [nats/token]",
     "distill/reverse_kl/<domain>": "the same, tokens of one domain [nats/token]",
     "distill/kl_max/<domain>": "largest KL(student || teacher) of one token [nats]",

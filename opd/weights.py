@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import logging
 import os
 import re
 import shutil
@@ -35,19 +34,18 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from opd.config import ConfigError
-from opd.fp4 import dequantize, is_fp4_name, quantize
+from opd.fp4 import dequantize, is_fp4_name, packed_weights, quantize
 from opd.types import Fp4Tensor, WeightSnapshot
 
 if TYPE_CHECKING:
     from opd.chat import Chat
-
-log = logging.getLogger(__name__)
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
 CODES, SCALES = ".fp4_codes", ".fp4_scales"
+MTP = "mtp."  # begins the names of the multi-token-prediction block, in memory as in the released layout
 
 # Released DeepSeek-V4 name -> transformers' name, applied in this order to names without a leading "model.". Names that
 # are transformers' own pass through unchanged, which is why each pattern names its surroundings.
@@ -56,7 +54,7 @@ RELEASED_NAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     for pattern, target in (
         (r"^embed\.weight$", "embed_tokens.weight"),
         (r"^head\.weight$", "lm_head.weight"),
-        (r"^hc_head_(fn|base|scale)$", r"hc_head.hc_\1"),
+        (r"(^|\.)hc_head_(fn|base|scale)$", r"\1hc_head.hc_\2"),
         (r"\.attn_norm\.", ".input_layernorm."),
         (r"\.ffn_norm\.", ".post_attention_layernorm."),
         (r"\.hc_(attn|ffn)_(fn|base|scale)$", r".\1_hc.\2"),
@@ -77,7 +75,9 @@ RELEASED_NAMES: tuple[tuple[re.Pattern[str], str], ...] = tuple(
         (r"\.shared_experts\.w3\.", ".shared_experts.up_proj."),
     )
 )
-ONE_EXPERT = re.compile(r"^(?P<experts>layers\.\d+\.mlp\.experts)\.(?P<index>\d+)\.(?P<part>w[123])\.weight$")
+ONE_EXPERT = re.compile(r"^(?P<experts>(?:layers|mtp)\.\d+\.mlp\.experts)\.(?P<index>\d+)\.(?P<part>w[123])\.weight$")
+# Copies of the trunk's embedding and head that a released file repeats beside the block which shares them.
+MTP_COPIES = re.compile(r"^mtp\.\d+\.(emb\.tok_emb|embed|head)\.weight$")
 
 
 # --- snapshots --------------------------------------------------------------------------------------------------------
@@ -98,10 +98,12 @@ def snapshot_of(model: nn.Module, policy_version: int, fp4: str) -> WeightSnapsh
     """Copies a model's weights to CPU memory that nobody else holds.
 
     `fp4` is `ModelConfig.fp4`: the tensors it selects are packed here, once, so every reader unpacks the same bits.
-    All other tensors keep their dtype.
+    All other tensors keep their dtype. The multi-token-prediction block stays behind: nobody samples or scores with it.
     """
     snapshot = WeightSnapshot(policy_version=policy_version)
     for name, weight in named_weights(model).items():
+        if name.startswith(MTP):
+            continue
         if is_fp4_name(name, tuple(weight.shape), fp4):
             packed = quantize(weight)
             snapshot.tensors[name] = Fp4Tensor(
@@ -114,14 +116,16 @@ def snapshot_of(model: nn.Module, policy_version: int, fp4: str) -> WeightSnapsh
 
 @torch.no_grad()
 def apply_snapshot(model: nn.Module, snapshot: WeightSnapshot) -> None:
-    """Writes a snapshot into a model's own tensors; FP4 tensors are unpacked to the dtype of their parameter.
+    """Writes a snapshot into a model's own tensors. FP4 tensors go into packed weights as they are, and into parameters
+    unpacked to their dtype.
 
+    A multi-token-prediction block, which snapshots leave out, keeps its weights.
     Raises ValueError, naming the tensor, for one that is missing, unknown, or of another shape or kind. Nothing is
     written then: all names and shapes are checked before the first copy.
     """
-    weights = named_weights(model)
+    weights = named_weights(model) | packed_weights(model)
     described = f"snapshot of policy version {snapshot.policy_version}"
-    if missing := [name for name in weights if name not in snapshot.tensors]:
+    if missing := [name for name in weights if name not in snapshot.tensors and not name.startswith(MTP)]:
         raise ValueError(f"{described} lacks {len(missing)} tensors of the model, first {missing[0]!r}")
     if unexpected := [name for name in snapshot.tensors if name not in weights]:
         raise ValueError(f"{described} has {len(unexpected)} tensors that the model lacks, first {unexpected[0]!r}")
@@ -129,12 +133,21 @@ def apply_snapshot(model: nn.Module, snapshot: WeightSnapshot) -> None:
         weight = weights[name]
         if tuple(value.shape) != tuple(weight.shape):
             raise ValueError(f"{described}: {name!r} has shape {tuple(value.shape)}, the model's {tuple(weight.shape)}")
+        if not isinstance(weight, torch.Tensor):
+            if not isinstance(value, Fp4Tensor):
+                raise ValueError(f"{described}: {name!r} is {value.dtype}, the model's is packed FP4")
+            weight.check(value)
+            continue
         floating = isinstance(value, Fp4Tensor) or value.dtype.is_floating_point
         if floating != weight.dtype.is_floating_point:
             kind = "FP4" if isinstance(value, Fp4Tensor) else value.dtype
             raise ValueError(f"{described}: {name!r} is {kind}, the model's is {weight.dtype}")
     for name, value in snapshot.tensors.items():
-        weights[name].copy_(dequantize(value) if isinstance(value, Fp4Tensor) else value)
+        weight = weights[name]
+        if isinstance(weight, torch.Tensor):
+            weight.copy_(dequantize(value) if isinstance(value, Fp4Tensor) else value)
+        elif isinstance(value, Fp4Tensor):
+            weight.load(value)
 
 
 def save_snapshot(path: str | Path, snapshot: WeightSnapshot) -> None:
@@ -275,13 +288,14 @@ def load_model_config(path: str | Path, revision: str | None = None) -> PreTrain
         raise ConfigError(f"{folder / 'config.json'} is not a config that transformers reads: {reason}") from error
 
 
-def read_tensors(path: str | Path, revision: str | None = None) -> dict[str, torch.Tensor]:
+def read_tensors(path: str | Path, revision: str | None = None, *, mtp: bool = False) -> dict[str, torch.Tensor]:
     """A DeepSeek-V4 checkpoint's tensors by transformers' in-memory names, dtypes as stored.
 
     `path` is a checkpoint folder (single file or sharded index), a hub id, or one .safetensors file. Names may be
     transformers' own or the released ones, with or without the leading "model."; per-expert w1, w3 (gate first, then
-    up) and w2 are stacked into gate_up_proj [E, 2I, D] and down_proj [E, D, I]. Multi-token-prediction tensors are left
-    out with one warning. Tensors are memory-mapped unless stacking copies them: copy before writing.
+    up) and w2 are stacked into gate_up_proj [E, 2I, D] and down_proj [E, D, I]. Tensors of the multi-token-prediction
+    block are read if `mtp` asks for them, as "mtp.0." and the names of a layer, without the copies of embedding and
+    head. Tensors are memory-mapped unless stacking copies them: copy before writing.
 
     Raises ConfigError for all that `resolve_checkpoint` refuses, for another model_type, for torn files and shards,
     for quantised tensors, and for an incomplete set of experts.
@@ -299,23 +313,23 @@ def read_tensors(path: str | Path, revision: str | None = None) -> dict[str, tor
 
     tensors: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
-    num_skipped = 0
     for name, tensor in _stored_tensors(files):
-        if name.removeprefix("model.").startswith("mtp."):
-            num_skipped += 1
+        if name.removeprefix("model.").startswith(MTP) and not mtp:
             continue
         if tensor.dtype not in PLAIN_DTYPES:
             raise ConfigError(
                 f"{path}: {name!r} is quantised ({tensor.dtype}); expected float32, bfloat16 or float16 weights"
             )
         target = name.removeprefix("model.")
+        if MTP_COPIES.match(target):
+            continue
         for pattern, replacement in RELEASED_NAMES:
             target = pattern.sub(replacement, target)
         if match := ONE_EXPERT.match(target):
             parts = experts.setdefault(match["experts"], {"w1": {}, "w2": {}, "w3": {}})
             parts[match["part"]][int(match["index"])] = tensor
             continue
-        target = target if target.startswith("lm_head.") else f"model.{target}"
+        target = _in_model(target)
         if target in tensors:
             raise ConfigError(f"{path} has two tensors that mean {target!r}; one of them is {name!r}")
         tensors[target] = tensor
@@ -325,14 +339,18 @@ def read_tensors(path: str | Path, revision: str | None = None) -> dict[str, tor
             raise ConfigError(
                 f"{path}: {prefix} has {len(gate)} w1, {len(down)} w2 and {len(up)} w3; expected as many of each"
             )
-        for target in (f"model.{prefix}.gate_up_proj", f"model.{prefix}.down_proj"):
+        stacked = _in_model(f"{prefix}.gate_up_proj"), _in_model(f"{prefix}.down_proj")
+        for target in stacked:
             if target in tensors:
                 raise ConfigError(f"{path} has {target!r} both stacked and as single experts")
-        tensors[f"model.{prefix}.gate_up_proj"] = torch.cat([torch.stack(gate), torch.stack(up)], dim=1)
-        tensors[f"model.{prefix}.down_proj"] = torch.stack(down)
-    if num_skipped:
-        log.warning("%s: %d multi-token-prediction tensors (mtp.*) are not used", path, num_skipped)
+        tensors[stacked[0]] = torch.cat([torch.stack(gate), torch.stack(up)], dim=1)
+        tensors[stacked[1]] = torch.stack(down)
     return tensors
+
+
+def _in_model(name: str) -> str:
+    """The in-memory name of a tensor whose leading "model." was taken off."""
+    return name if name.startswith(("lm_head.", MTP)) else f"model.{name}"
 
 
 # --- content hashes ---------------------------------------------------------------------------------------------------

@@ -1,207 +1,368 @@
 """Continuous batching for the V4 student: requests join and leave a fixed set of slots between two decoding steps.
 
-One prompt is read once: the samples of its group get a copy of its cache. The decoding path is tensors over the active
-slots; Python touches a request when it is admitted and when it has ended, not for every token. Results do not depend
-on the number of slots or on the order of requests, except for floating-point rounding in the logits.
+One prompt is read once: the samples of its group go on from copies of its cache, which share its pages. Prompts are
+read in chunks between decoding steps, so that nobody waits for a long one. A request is seated when the cache has pages
+for it; when pages run out all the same, the youngest request gives up its slot, keeps its tokens, and is read again
+when there is room. The decoding path is arrays over the active slots: Python touches a request when it is seated and
+when it has ended, not for every token. Results do not depend on slots, pages, chunks or the order of requests, except
+for floating-point rounding in the logits.
 
-Consumes requests, produces trajectories in the order of the requests, waits for nobody. Left out: preemption and the
-write-ahead log; every slot has pages for a sequence of the longest kind.
+Consumes requests, produces trajectories in the order of the requests, waits for nobody but the log: a token is in it
+before the next one is computed.
 """
 
 from __future__ import annotations
 
+from collections import Counter, deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from opd.config import SamplingConfig
+from opd.config import ConfigError, SamplingConfig
 from opd.model import DeepseekV4
-from opd.types import FinishReason, Trajectory, VersionSpan
+from opd.model.cache import Extension, OutOfPages
+from opd.types import FinishReason, Trajectory
+from rollout.request import Request, Samples, by_owner, check_requests, concatenate, end_of, finished
 from rollout.sampling import sample, trajectory_key
+from rollout.wal import Log, log_complete
 
-PREFILL_TOKENS = 8192  # padded prompt tokens read in one call
+PREFILL_TOKENS = 8192  # padded prompt tokens read between two decoding steps
 REFILL_SHARE = 4  # requests join when one slot in so many is free: reading one prompt costs nearly a decoding step
+SPARE_SHARE = 8  # pages kept free for decoding when a request is seated: one for so many active slots
+NOBODY = -1
 
 
-@dataclass(slots=True, kw_only=True, frozen=True)
-class Request:
-    """One trajectory to produce. Neighbours with the same tokens share one reading of their prompt."""
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One call of `generate`. A request is known by its place among the requests, a prompt by its number.
 
-    trajectory_id: str
-    prompt_id: str
-    domain: str
-    token_ids: tuple[int, ...]
+    `order` fixes who is young: requests of one prompt are neighbours in it, prompts come in the order they are first
+    asked for. Every seated request is before every waiting one.
+    """
 
-
-def check_prompts(requests: Sequence[Request], max_tokens: int) -> None:
-    """Raises ValueError for an empty prompt and for one that leaves no room for a token."""
-    for request in requests:
-        if not 1 <= len(request.token_ids) < max_tokens:
-            raise ValueError(
-                f"prompt {request.prompt_id} has {len(request.token_ids)} tokens; the engine takes 1 to "
-                f"{max_tokens - 1}"
-            )
-
-
-def finished(
-    request: Request, sampled: np.ndarray, logprobs: np.ndarray, version: int, reason: FinishReason
-) -> Trajectory:
-    """The record of a completed request: `sampled` ids [S] and their `logprobs` [S]."""
-    prompt = len(request.token_ids)
-    return Trajectory(
-        id=request.trajectory_id,
-        prompt_id=request.prompt_id,
-        domain=request.domain,
-        token_ids=np.concatenate((request.token_ids, sampled)).astype(np.int32),
-        loss_mask=np.arange(prompt + len(sampled)) >= prompt,
-        sampler_logprobs=np.concatenate((np.zeros(prompt), logprobs)).astype(np.float32),
-        version_spans=(VersionSpan(start=prompt, policy_version=version),),
-        finish_reason=reason,
-    )
+    requests: Sequence[Request]
+    sampling: SamplingConfig
+    log: Log | None
+    prompts: list[int]  # prompt of each request
+    rank: np.ndarray  # int64 [requests], place in the order
+    waiting: deque[int]
+    unread: Counter[int]  # prompt -> its waiting requests
+    prefixes: dict[int, np.ndarray]  # of waiting requests: all tokens so far, int32
+    reading: list[int] = field(default_factory=list)  # slots whose prefix is not in the cache yet
+    active: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # slots that decode
+    shelf_prompt: int = NOBODY
+    owners: list[np.ndarray] = field(default_factory=list)  # per step: the request of each sample
+    steps: list[Samples] = field(default_factory=list)
+    reasons: dict[int, FinishReason] = field(default_factory=dict)
 
 
 class V4Engine:
     """Samples from a `DeepseekV4`, whose weights may be replaced between two calls of `generate`."""
 
     def __init__(
-        self, model: DeepseekV4, *, num_slots: int, max_tokens: int, stop_ids: Sequence[int], seed: int
+        self,
+        model: DeepseekV4,
+        *,
+        num_slots: int,
+        max_tokens: int,
+        stop_ids: Sequence[int],
+        seed: int,
+        prefill_tokens: int = PREFILL_TOKENS,
+        num_pages: int | None = None,
     ) -> None:
-        """`max_tokens` of prompt and completion together; `stop_ids` end a completion and are part of it."""
+        """`max_tokens` of prompt and completion together; `stop_ids` end a completion and are part of it.
+
+        `num_pages` of the cache, at least as many as one sequence of `max_tokens` needs; None: enough for all slots.
+        """
         device, width = model.head.device, model.head.shape[1]
         self.model, self.num_slots, self.max_tokens, self.seed = model.eval(), num_slots, max_tokens, seed
+        self.prefill_tokens = prefill_tokens
         # The slot after the last belongs to no request: it keeps the prompt of a group that waits for more slots.
         self.shelf = num_slots
-        self.cache = model.new_cache(num_slots + 1, max_tokens)
-        self.prompt_hidden = torch.zeros(num_slots + 1, width, dtype=model.head.dtype, device=device)
-        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(num_slots, dtype=torch.int64, device=device)  # tokens in the cache
-        self.ends = np.zeros(num_slots, dtype=np.int64)  # the same, on the host
-        self.limits = torch.zeros_like(self.lengths)  # tokens a finished trajectory may have at most
-        self.keys = torch.zeros_like(self.lengths)  # noise stream of the slot's trajectory
-        self.tokens = torch.zeros(num_slots, max_tokens, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(num_slots, max_tokens, dtype=torch.float32, device=device)
-        self.prefilled_tokens = 0  # prompt tokens read by the last call, shared ones counted once
+        self.cache = model.new_cache(num_slots + 1, max_tokens, num_pages)
+        if self.cache.num_pages < self._pages(max_tokens):
+            least = self._pages(max_tokens)
+            raise ValueError(f"num_pages={num_pages} is too small: a sequence of {max_tokens} tokens needs {least}")
+        self.hidden = torch.zeros(num_slots + 1, width, dtype=model.head.dtype, device=device)  # of the last token read
+        self.keys = torch.zeros(num_slots, dtype=torch.int64, device=device)  # noise stream of the slot's trajectory
+        self.stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
+        # On the host, per slot. A slot decodes when all of its tokens but the last one are in the cache.
+        self.occupants = np.zeros(num_slots, dtype=np.int64)  # request
+        self.tokens = np.zeros((num_slots, max_tokens), dtype=np.int32)  # prompt and what followed
+        self.lengths = np.zeros(num_slots, dtype=np.int64)  # how many these are
+        self.ends = np.zeros(num_slots, dtype=np.int64)  # how many are in the cache
+        self.prompt_ends = np.zeros(num_slots, dtype=np.int64)  # tokens of the prompt
+        self.limits = np.zeros(num_slots, dtype=np.int64)  # tokens a finished trajectory may have at most
+        self.free: list[int] = []
+        self.prefilled_tokens = 0  # read by the last call, shared ones counted once
+        self.decoding_steps = 0  # of the last call
+        self.preemptions = 0  # of the last call
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, policy_version: int) -> list[Trajectory]:
-        """One trajectory per request, in their order.
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingConfig, policy_version: int, log: Log | None = None
+    ) -> list[Trajectory]:
+        """One trajectory per request, in their order; tokens go to `log` as they are drawn.
 
         Raises ValueError for a prompt that leaves no room for a token and for weights that give logits which are not
-        finite.
+        finite, and what the log raises.
         """
-        check_prompts(requests, self.max_tokens)
-        self.prefilled_tokens = 0
-        results: dict[int, Trajectory] = {}
-        occupants: dict[int, int] = {}  # slot -> index of its request
-        free = list(range(self.num_slots))
-        active = np.empty(0, dtype=np.int64)  # the occupied slots, on the host
-        waiting = 0
-        while len(results) < len(requests):
-            left = len(requests) - waiting
-            if left and (not occupants or len(free) >= min(left, max(1, self.num_slots // REFILL_SHARE))):
-                slots, free = free[:left], free[left:]
-                occupants.update(zip(slots, range(waiting, waiting + len(slots)), strict=True))
-                admitted = self._admit(requests, waiting, slots, sampling)
-                waiting += len(slots)
-                going, ended = self._split(admitted)
-                active = np.concatenate((active, going))
-            else:
-                self._decode(active, sampling)
-                active, ended = self._split(active)
-            self.cache.release([slot for slot, _ in ended])
-            for slot, reason in ended:
-                index = occupants.pop(slot)
-                results[index] = self._collect(slot, requests[index], policy_version, reason)
-                free.append(slot)
-        return [results[index] for index in range(len(requests))]
-
-    def _admit(self, requests: Sequence[Request], begin: int, slots: list[int], sampling: SamplingConfig) -> np.ndarray:
-        """Seats requests[begin : begin + len(slots)] and draws their first tokens; returns the slots.
-
-        A prompt is read by the first of the neighbours that share it, which the others copy. If the group goes on
-        behind the last slot, its prompt stays on the shelf for the next call.
-        """
-        device, end = self.lengths.device, begin + len(slots)
-        admitted = requests[begin:end]
-        num_tokens = [len(request.token_ids) for request in admitted]
-        prompts = np.zeros((len(slots), max(num_tokens)), dtype=np.int64)
-        readers: list[int] = []
-        sources: list[int] = []  # the slot that holds each one's prompt
-        for row, request in enumerate(admitted):
-            prompts[row, : num_tokens[row]] = request.token_ids
-            if begin + row and request.token_ids == requests[begin + row - 1].token_ids:
-                sources.append(sources[-1] if row else self.shelf)
-            else:
-                readers.append(row)
-                sources.append(slots[row])
-        at_slots, source, lengths, token_ids = (
-            torch.as_tensor(values, device=device) for values in (slots, sources, num_tokens, prompts)
-        )
-        if readers:
-            self._prefill(np.array(slots)[readers], prompts[readers], np.array(num_tokens)[readers])
-            self.prefilled_tokens += sum(num_tokens[row] for row in readers)
-        copied = [row for row in range(len(slots)) if sources[row] != slots[row]]
-        self.cache.fork([sources[row] for row in copied], [slots[row] for row in copied])
-        hidden = self.prompt_hidden[source]
-        if end < len(requests) and sources[-1] != self.shelf and admitted[-1].token_ids == requests[end].token_ids:
-            self.cache.fork(sources[-1:], [self.shelf])
-            self.prompt_hidden[self.shelf] = hidden[-1]
-        self.ends[slots] = num_tokens
-        self.tokens[at_slots, : token_ids.shape[1]] = token_ids
-        self.lengths[at_slots] = lengths
-        self.limits[at_slots] = (lengths + sampling.max_new_tokens).clamp(max=self.max_tokens)
-        self.keys[at_slots] = torch.tensor(
-            [trajectory_key(request.trajectory_id, self.seed) for request in admitted], device=device
-        )
-        self._draw(at_slots, hidden, sampling)
-        return np.array(slots)
-
-    def _prefill(self, slots: np.ndarray, prompts: np.ndarray, lengths: np.ndarray) -> None:
-        """Reads right-padded prompts [B, T] into their slots' caches and keeps their last hidden state."""
-        rows_at_once = max(1, PREFILL_TOKENS // prompts.shape[1])
-        for begin in range(0, len(slots), rows_at_once):
-            part = slice(begin, begin + rows_at_once)
-            at = self.cache.extension(slots[part], np.zeros_like(lengths[part]), lengths[part])
-            token_ids = torch.as_tensor(prompts[part, : at.positions.shape[1]], device=at.slots.device)
-            hidden = self.model.extend(token_ids, self.cache, at)
-            self.prompt_hidden[at.slots] = hidden[torch.arange(len(at.slots), device=at.slots.device), at.lengths - 1]
-
-    def _decode(self, slots: np.ndarray, sampling: SamplingConfig) -> None:
-        """One more token for every slot: feed the last one drawn, draw the next."""
-        at = self.cache.extension(slots, self.ends[slots], np.ones_like(slots))
-        hidden = self.model.extend(self.tokens[at.slots, at.starts][:, None], self.cache, at)
-        self.ends[slots] += 1
-        self.lengths[at.slots] = at.starts + 1
-        self._draw(at.slots, hidden[:, 0], sampling)
-
-    def _draw(self, slots: torch.Tensor, hidden: torch.Tensor, sampling: SamplingConfig) -> None:
-        """Draws the token that follows the cached ones, at index `lengths`; it is not in the cache yet."""
-        logits = torch.nn.functional.linear(hidden.float(), self.model.head.float())
-        positions = self.lengths[slots]
-        tokens, logprobs = sample(logits, self.keys[slots], positions, sampling)
-        self.tokens[slots, positions] = tokens
-        self.logprobs[slots, positions] = logprobs
-
-    def _split(self, slots: np.ndarray) -> tuple[np.ndarray, list[tuple[int, FinishReason]]]:
-        """The slots that go on, and those whose last token is a stop token or the last one allowed, with the reason."""
-        at = torch.as_tensor(slots, device=self.lengths.device)
-        positions = self.lengths[at]
-        stopped = torch.isin(self.tokens[at, positions], self.stop_ids)
-        # One trip to the host for both answers.
-        over, stop = torch.stack((stopped | (positions + 1 >= self.limits[at]), stopped)).cpu().numpy()
-        return slots[~over], [
-            (int(slot), "stop" if by_token else "length")
-            for slot, by_token in zip(slots[over], stop[over], strict=True)
+        check_requests(requests, self.max_tokens)
+        self.prefilled_tokens = self.decoding_steps = self.preemptions = 0
+        self.free = list(range(self.num_slots))
+        self.cache.release(range(self.num_slots + 1))  # what a call that failed left behind
+        run = self._begin(requests, sampling, log)
+        while run.waiting or run.reading or len(run.active):
+            self._admit(run)
+            if run.reading:
+                self._read(run)
+            if len(run.active):
+                self._decode(run)
+        drawn = by_owner(np.concatenate([np.empty(0, np.int64), *run.owners]), concatenate(run.steps), len(requests))
+        return [
+            finished(request, drawn[index], policy_version, run.reasons[index])
+            for index, request in enumerate(requests)
         ]
 
-    def _collect(self, slot: int, request: Request, version: int, reason: FinishReason) -> Trajectory:
-        sampled = slice(len(request.token_ids), int(self.lengths[slot]) + 1)
-        return finished(
-            request,
-            self.tokens[slot, sampled].cpu().numpy(),
-            self.logprobs[slot, sampled].cpu().numpy(),
-            version,
-            reason,
+    def _begin(self, requests: Sequence[Request], sampling: SamplingConfig, log: Log | None) -> _Run:
+        numbers: dict[tuple[int, ...], int] = {}
+        prompts = [numbers.setdefault(request.token_ids, len(numbers)) for request in requests]
+        order = sorted(range(len(requests)), key=lambda index: prompts[index])
+        rank = np.empty(len(requests), dtype=np.int64)
+        rank[order] = np.arange(len(requests))
+        run = _Run(
+            requests=requests,
+            sampling=sampling,
+            log=log,
+            prompts=prompts,
+            rank=rank,
+            waiting=deque(),
+            unread=Counter(),
+            prefixes={},
         )
+        for index in order:
+            request = requests[index]
+            if len(request.sampled):
+                run.owners.append(np.full(len(request.sampled), index))
+                run.steps.append(request.sampled)
+            reason = end_of(request, request.limit(sampling.max_new_tokens, self.max_tokens), self.stop_ids)
+            if reason is not None:
+                run.reasons[index] = reason
+                continue
+            run.waiting.append(index)
+            run.unread[prompts[index]] += 1
+            run.prefixes[index] = request.prefix()
+        log_complete(log, run.reasons)
+        return run
+
+    # ---- seats -------------------------------------------------------------------------------------------------------
+
+    def _pages(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.cache.page_tokens)
+
+    def _admit(self, run: _Run) -> None:
+        """Seats the requests that have waited longest, as many as there are slots and pages for."""
+        num_seated = self.num_slots - len(self.free)
+        enough = min(len(run.waiting), max(1, self.num_slots // REFILL_SHARE))
+        if not run.waiting or (num_seated and len(self.free) < enough):
+            return
+        promised = sum(self._pages(self.lengths[s] + 1) - self._pages(self.ends[s]) for s in run.reading)
+        room = self.cache.free_pages - promised - -(-len(run.active) // SPARE_SHARE)
+        seated, from_shelf = [], []
+        read = {run.prompts[self.occupants[slot]] for slot in run.reading} | {run.shelf_prompt}
+        while run.waiting and self.free:
+            index = run.waiting[0]
+            prompt, request, prefix = run.prompts[index], run.requests[index], run.prefixes[index]
+            shared = len(request.token_ids) // self.cache.page_tokens if prompt in read else 0
+            pages = self._pages(len(prefix) + 1) - shared
+            if pages > room and num_seated:  # the first one always gets its seat: alone it has pages enough
+                break
+            run.waiting.popleft()
+            run.unread[prompt] -= 1
+            del run.prefixes[index]
+            slot = self.free.pop()
+            self.occupants[slot], self.ends[slot] = index, 0
+            self.tokens[slot, : len(prefix)] = prefix
+            self.lengths[slot], self.prompt_ends[slot] = len(prefix), len(request.token_ids)
+            self.limits[slot] = request.limit(run.sampling.max_new_tokens, self.max_tokens)
+            seated.append(slot)
+            if prompt == run.shelf_prompt:
+                from_shelf.append(slot)
+            read.add(prompt)
+            room, num_seated = room - pages, num_seated + 1
+        if not seated:
+            return
+        run.reading += seated
+        keys = [trajectory_key(run.requests[int(self.occupants[slot])].trajectory_id, self.seed) for slot in seated]
+        self.keys[seated] = torch.tensor(keys, device=self.keys.device)
+        self._copy(self.shelf, from_shelf)
+        if run.shelf_prompt != NOBODY and not run.unread[run.shelf_prompt]:
+            self._clear_shelf(run)
+
+    def _copy(self, source: int, slots: list[int]) -> None:
+        """Puts the prompt that `source` has just read into other slots."""
+        if not slots:
+            return
+        self.cache.fork([source] * len(slots), slots)
+        self.hidden[slots] = self.hidden[[source] * len(slots)]
+        seats = [slot for slot in slots if slot != self.shelf]
+        self.ends[seats] = self.prompt_ends[seats]
+
+    def _clear_shelf(self, run: _Run) -> None:
+        self.cache.release([self.shelf])
+        run.shelf_prompt = NOBODY
+
+    def _give_way(self, run: _Run) -> None:
+        """Frees pages: those of the shelf, or else those of the youngest seated request, which waits again."""
+        if run.shelf_prompt != NOBODY:
+            self._clear_shelf(run)
+            return
+        seated = np.concatenate((np.array(run.reading, dtype=np.int64), run.active))
+        assert len(seated) > 1, "one sequence alone has pages enough"
+        slot = int(seated[run.rank[self.occupants[seated]].argmax()])
+        index = int(self.occupants[slot])
+        run.prefixes[index] = self.tokens[slot, : self.lengths[slot]].copy()
+        run.waiting.appendleft(index)
+        run.unread[run.prompts[index]] += 1
+        if slot in run.reading:
+            run.reading.remove(slot)
+        run.active = run.active[run.active != slot]
+        self.cache.release([slot])
+        self.free.append(slot)
+        self.preemptions += 1
+
+    # ---- reading -----------------------------------------------------------------------------------------------------
+
+    def _read(self, run: _Run) -> None:
+        """One call of reading, then the first tokens of those whose prefix is complete.
+
+        A prompt is read by one of the seated requests that share it; the others, and the shelf if more of them wait,
+        copy what it has when it stands at the prompt's end.
+        """
+        if (plan := self._extend_readers(run)) is not None:
+            for slot in plan[self.ends[plan] == self.prompt_ends[plan]].tolist():
+                prompt = run.prompts[self.occupants[slot]]
+                mates = [
+                    other
+                    for other in run.reading
+                    if self.ends[other] == 0 and run.prompts[self.occupants[other]] == prompt
+                ]
+                if run.unread[prompt] and run.shelf_prompt != prompt:
+                    mates.append(self.shelf)
+                    run.shelf_prompt = prompt
+                self._copy(slot, mates)
+        complete = [slot for slot in run.reading if self.ends[slot] == self.lengths[slot]]
+        if complete:
+            run.reading = [slot for slot in run.reading if self.ends[slot] < self.lengths[slot]]
+            slots = np.array(complete)
+            going = self._draw(run, slots, self.hidden[complete])
+            run.active = np.concatenate((run.active, going))
+
+    def _extend_readers(self, run: _Run) -> np.ndarray | None:
+        """Reads the next chunks of as many prefixes as the budget holds; the slots that moved on, if any had to."""
+        while True:
+            slots, sizes = self._chunks(run)
+            if not len(slots):
+                return None
+            at = self._extension(run, slots, sizes)
+            if at is not None:
+                break
+        width = at.positions.shape[1]
+        columns = self.ends[slots][:, None] + np.arange(width)
+        token_ids = self.tokens[slots[:, None], np.minimum(columns, self.max_tokens - 1)].astype(np.int64)
+        hidden = self.model.extend(torch.as_tensor(token_ids, device=at.slots.device), self.cache, at)
+        self.hidden[at.slots] = hidden[torch.arange(len(slots), device=at.slots.device), at.lengths - 1]
+        self.ends[slots] += sizes
+        self.prefilled_tokens += int(sizes.sum())
+        return slots
+
+    def _chunks(self, run: _Run) -> tuple[np.ndarray, np.ndarray]:
+        """Who reads how many tokens now: the oldest first, up to the budget of padded tokens, and never across the end
+        of a prompt, where others may copy it."""
+        slots: list[int] = []
+        sizes: list[int] = []
+        reads: set[int] = set()  # prompts that somebody reads
+        at_work = sorted(run.reading, key=lambda slot: (self.ends[slot] == 0, run.rank[self.occupants[slot]]))
+        for slot in at_work:
+            end, prompt = self.ends[slot], run.prompts[self.occupants[slot]]
+            if end == self.lengths[slot]:
+                continue
+            if end < self.prompt_ends[slot]:
+                if prompt in reads:
+                    continue
+                reads.add(prompt)
+            goal = self.prompt_ends[slot] if end < self.prompt_ends[slot] else self.lengths[slot]
+            size = min(int(goal - end), self.prefill_tokens)
+            if slots and (len(slots) + 1) * max(*sizes, size) > self.prefill_tokens:
+                break
+            slots.append(slot)
+            sizes.append(size)
+        return np.array(slots, dtype=np.int64), np.array(sizes, dtype=np.int64)
+
+    def _extension(self, run: _Run, slots: np.ndarray, sizes: np.ndarray) -> Extension | None:
+        """Pages for `sizes` more tokens; None when there were too few and somebody gave way, maybe one of these."""
+        try:
+            return self.cache.extension(slots, self.ends[slots], sizes)
+        except OutOfPages:
+            self._give_way(run)
+            return None
+
+    # ---- decoding ----------------------------------------------------------------------------------------------------
+
+    def _decode(self, run: _Run) -> None:
+        """One more token for every active slot: feed the last one drawn, draw the next."""
+        while (at := self._extension(run, run.active, np.ones_like(run.active))) is None:
+            if not len(run.active):
+                return
+        slots = run.active
+        token_ids = torch.as_tensor(self.tokens[slots, self.ends[slots]].astype(np.int64), device=at.slots.device)
+        hidden = self.model.extend(token_ids[:, None], self.cache, at)
+        self.ends[slots] += 1
+        self.decoding_steps += 1
+        run.active = self._draw(run, slots, hidden[:, 0])
+
+    def _draw(self, run: _Run, slots: np.ndarray, hidden: torch.Tensor) -> np.ndarray:
+        """Draws the token that follows the cached ones and logs it; returns the slots that go on, and frees the others.
+
+        The token is not in the cache yet.
+        """
+        logits = torch.nn.functional.linear(hidden.float(), self.model.head.float())
+        positions = torch.as_tensor(self.lengths[slots], device=logits.device)
+        keys = self.keys[torch.as_tensor(slots, device=logits.device)]
+        samples = sample(logits, keys, positions, run.sampling).samples()
+        self.tokens[slots, self.lengths[slots]] = samples.token_ids
+        self.lengths[slots] += 1
+        stopped = np.isin(samples.token_ids, self.stop_ids)
+        over = stopped | (self.lengths[slots] >= self.limits[slots])
+        owners = self.occupants[slots]
+        if run.log is not None:
+            run.log.append(owners, samples, owners[over], stopped[over])
+        run.owners.append(owners)
+        run.steps.append(samples)
+        for slot, by_token in zip(slots[over].tolist(), stopped[over], strict=True):
+            run.reasons[int(self.occupants[slot])] = "stop" if by_token else "length"
+            self.free.append(slot)
+        self.cache.release(slots[over])
+        return slots[~over]
+
+
+def pages_of(model: DeepseekV4, num_slots: int, max_tokens: int, cache_bytes: int | None) -> int | None:
+    """The pages that an engine's cache of `cache_bytes` has; None where that is enough for all slots.
+
+    Raises ConfigError, with the least that works, for a cache that cannot hold one sequence of `max_tokens`.
+    """
+    if cache_bytes is None:
+        return None
+    one, two = (model.new_cache(1, max_tokens, count) for count in (1, 2))
+    page_bytes = two.num_bytes() - one.num_bytes()
+    slot_bytes = model.new_cache(2, max_tokens, 1).num_bytes() - one.num_bytes()
+    fixed, pages_each = (num_slots + 1) * slot_bytes, -(-max_tokens // one.page_tokens)
+    if cache_bytes < fixed + pages_each * page_bytes:
+        raise ConfigError(
+            f"rollout.cache_bytes={cache_bytes} is too small: num_slots={num_slots} need {fixed} bytes, and one "
+            f"sequence of max_tokens={max_tokens} needs {pages_each * page_bytes} more"
+        )
+    most = (num_slots + 1) * pages_each
+    return most if not page_bytes else min(most, (cache_bytes - fixed) // page_bytes)

@@ -15,9 +15,10 @@ from transformers import DynamicCache
 
 from opd.config import SamplingConfig
 from opd.model import HubModel
-from opd.types import Trajectory
-from rollout.engine import Request, check_prompts, finished
+from opd.types import FinishReason, Trajectory
+from rollout.request import Request, by_owner, check_requests, concatenate, end_of, finished
 from rollout.sampling import sample, trajectory_key
+from rollout.wal import Log, log_complete
 
 
 class HubEngine:
@@ -26,80 +27,90 @@ class HubEngine:
     def __init__(self, model: HubModel, *, num_slots: int, max_tokens: int, stop_ids: Sequence[int], seed: int) -> None:
         """`max_tokens` of prompt and completion together; `stop_ids` end a completion and are part of it."""
         self.model, self.num_slots, self.max_tokens, self.seed = model.eval(), num_slots, max_tokens, seed
-        self.stop_ids = torch.tensor(sorted(stop_ids), dtype=torch.int64, device=model.head.device)
+        self.stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, policy_version: int) -> list[Trajectory]:
-        """One trajectory per request, in their order.
+    def generate(
+        self, requests: Sequence[Request], sampling: SamplingConfig, policy_version: int, log: Log | None = None
+    ) -> list[Trajectory]:
+        """One trajectory per request, in their order; tokens go to `log` as they are drawn.
 
         Raises ValueError for a prompt that leaves no room for a token and for weights that give logits which are not
-        finite.
+        finite, and what the log raises.
         """
-        check_prompts(requests, self.max_tokens)
+        check_requests(requests, self.max_tokens)
+        limits = [request.limit(sampling.max_new_tokens, self.max_tokens) for request in requests]
+        reasons: dict[int, FinishReason] = {
+            index: reason
+            for index, request in enumerate(requests)
+            if (reason := end_of(request, limits[index], self.stop_ids)) is not None
+        }
+        log_complete(log, reasons)
+        owners = [np.repeat(np.arange(len(requests)), [len(request.sampled) for request in requests])]
+        steps = [request.sampled for request in requests]
+        prefixes = {index: request.prefix() for index, request in enumerate(requests) if index not in reasons}
         # Rows of one batch should be alike in length, or the short ones pay for the long ones' padding.
-        order = sorted(range(len(requests)), key=lambda index: len(requests[index].token_ids))
-        results: dict[int, Trajectory] = {}
+        order = sorted(prefixes, key=lambda index: len(prefixes[index]))
         for begin in range(0, len(order), self.num_slots):
-            indices = order[begin : begin + self.num_slots]
-            batch = self._batch([requests[index] for index in indices], sampling, policy_version)
-            results.update(zip(indices, batch, strict=True))
-        return [results[index] for index in range(len(requests))]
-
-    def _batch(self, requests: list[Request], sampling: SamplingConfig, policy_version: int) -> list[Trajectory]:
-        device, count = self.model.head.device, len(requests)
-        prompt_tokens = torch.tensor([len(request.token_ids) for request in requests], device=device)
-        limits = (prompt_tokens + sampling.max_new_tokens).clamp(max=self.max_tokens)
-        keys = torch.tensor([trajectory_key(r.trajectory_id, self.seed) for r in requests], device=device)
-        tokens = torch.zeros(count, int((limits - prompt_tokens).max()), dtype=torch.int64, device=device)
-        logprobs = torch.zeros(tokens.shape, dtype=torch.float32, device=device)
-        num_sampled = torch.zeros_like(prompt_tokens)
-        stopped = torch.zeros(count, dtype=torch.bool, device=device)
-        hidden, mask, cache = self._read_prompts(requests)
-        rows = torch.arange(count, device=device)  # the request of each row that is still in the cache
-        for step in range(tokens.shape[1]):
-            logits = torch.nn.functional.linear(hidden.float(), self.model.head.float())
-            positions = prompt_tokens[rows] + step
-            drawn, drawn_logprobs = sample(logits, keys[rows], positions, sampling)
-            tokens[rows, step], logprobs[rows, step] = drawn, drawn_logprobs
-            num_sampled[rows] += 1
-            stopped[rows] = torch.isin(drawn, self.stop_ids)
-            on = (~stopped[rows] & (positions + 1 < limits[rows])).nonzero()[:, 0]
-            if len(on) == 0:
-                break
-            if len(on) < len(rows):
-                rows, mask, drawn, positions = rows[on], mask[on], drawn[on], positions[on]
-                cache.reorder_cache(on)  # type: ignore[arg-type]  # any number of rows; every kind of layer has it
-            mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            hidden = self.model.extend(drawn[:, None], mask, positions[:, None], cache)[:, -1]
-        ends, reasons = num_sampled.tolist(), stopped.tolist()
-        sampled_ids, sampled_logprobs = tokens.cpu().numpy(), logprobs.cpu().numpy()
-        return [
-            finished(
-                request,
-                sampled_ids[row, : ends[row]],
-                sampled_logprobs[row, : ends[row]],
-                policy_version,
-                "stop" if reasons[row] else "length",
+            rows = np.array(order[begin : begin + self.num_slots])  # the request of each row of the cache
+            ends = np.array([len(prefixes[index]) for index in rows])
+            keys = torch.tensor(
+                [trajectory_key(requests[index].trajectory_id, self.seed) for index in rows],
+                device=self.model.head.device,
             )
-            for row, request in enumerate(requests)
+            last = np.array([limits[index] for index in rows])
+            hidden, mask, cache = self._read([tuple(prefixes[index].tolist()) for index in rows])
+            while True:
+                logits = torch.nn.functional.linear(hidden.float(), self.model.head.float())
+                positions = torch.as_tensor(ends, device=logits.device)
+                samples = sample(logits, keys, positions, sampling).samples()
+                stopped = np.isin(samples.token_ids, self.stop_ids)
+                over = stopped | (ends + 1 >= last)
+                if log is not None:
+                    log.append(rows, samples, rows[over], stopped[over])
+                owners.append(rows)
+                steps.append(samples)
+                reasons |= {
+                    int(index): "stop" if by_token else "length"
+                    for index, by_token in zip(rows[over], stopped[over], strict=True)
+                }
+                on = np.flatnonzero(~over)
+                if len(on) == 0:
+                    break
+                if len(on) < len(rows):
+                    rows, ends, last = rows[on], ends[on], last[on]
+                    kept = torch.as_tensor(on, device=logits.device)
+                    mask, keys = mask[kept], keys[kept]
+                    cache.reorder_cache(kept)  # type: ignore[arg-type]  # any number of rows; every kind of layer has it
+                mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+                drawn, positions = (
+                    torch.as_tensor(values.astype(np.int64), device=logits.device)[:, None]
+                    for values in (samples.token_ids[on], ends)
+                )
+                hidden = self.model.extend(drawn, mask, positions, cache)[:, -1]
+                ends = ends + 1
+        drawn_by = by_owner(np.concatenate(owners), concatenate(steps), len(requests))
+        return [
+            finished(request, drawn_by[index], policy_version, reasons[index]) for index, request in enumerate(requests)
         ]
 
-    def _read_prompts(self, requests: list[Request]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
-        """Last hidden state [B, D] of every request's prompt, mask [B, T] of the real tokens, and the cache."""
+    def _read(self, prefixes: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:
+        """Last hidden state [B, D] of every row, mask [B, T] of the real tokens, and the cache; equal rows are read
+        once."""
         device = self.model.head.device
-        distinct = list(dict.fromkeys(request.token_ids for request in requests))
+        distinct = list(dict.fromkeys(prefixes))
         width = max(map(len, distinct))
         token_ids = np.zeros((len(distinct), width), dtype=np.int64)
         real = np.zeros_like(token_ids)
-        for row, prompt in enumerate(distinct):
-            token_ids[row, width - len(prompt) :] = prompt
-            real[row, width - len(prompt) :] = 1
+        for row, prefix in enumerate(distinct):
+            token_ids[row, width - len(prefix) :] = prefix
+            real[row, width - len(prefix) :] = 1
         mask = torch.as_tensor(real, device=device)
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         cache = DynamicCache(config=self.model.config)
         hidden = self.model.extend(torch.as_tensor(token_ids, device=device), mask, positions, cache)[:, -1]
-        row_of = {prompt: row for row, prompt in enumerate(distinct)}
-        owners = torch.tensor([row_of[request.token_ids] for request in requests], device=device)
-        if len(distinct) < len(requests):
+        row_of = {prefix: row for row, prefix in enumerate(distinct)}
+        owners = torch.tensor([row_of[prefix] for prefix in prefixes], device=device)
+        if len(distinct) < len(prefixes):
             cache.reorder_cache(owners)  # type: ignore[arg-type]
         return hidden[owners], mask[owners], cache

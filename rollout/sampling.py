@@ -7,11 +7,15 @@ draws what it would have drawn anyway. Nothing here depends on a generator's sta
 from __future__ import annotations
 
 import hashlib
+import math
+from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from opd.config import SamplingConfig
+from rollout.request import NO_SAMPLES, Samples
 
 GOLDEN_GAMMA = -7046029254386353131  # SplitMix64's increment 0x9E3779B97F4A7C15 and multipliers, as signed numbers
 MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -42,12 +46,43 @@ def _shift(state: Tensor, bits: int) -> Tensor:
     return (state >> bits) & ((1 << (64 - bits)) - 1)
 
 
-def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: SamplingConfig) -> tuple[Tensor, Tensor]:
-    """Tokens int64 [N] and their log-probabilities float32 [N] under the distribution they were drawn from.
+class Draws(NamedTuple):
+    """One token per row, on the device it was drawn on."""
 
-    Order: temperature, top-k, top-p, draw; of equal logits the lower id comes first. At temperature 0 the token is the
-    arg max and its log-probability is the one at temperature 1, since a point mass has nothing to compare with. Logits
-    are taken to float32, the cumulative sum to float64. Raises ValueError for logits that are not finite.
+    tokens: Tensor  # int64 [N]
+    logprobs: Tensor  # float32 [N], of the distribution they were drawn from
+    untruncated_logprobs: Tensor  # float32 [N], before truncation; without it the same tensor
+    kept: Tensor | None  # bool [N, V], the ids that truncation kept; None without it
+
+    def samples(self) -> Samples:
+        """The same on the host: one trip there, and two more for what truncation kept."""
+        columns = [self.tokens.to(torch.int32), self.logprobs.view(torch.int32)]
+        if self.kept is None:
+            tokens, logprobs = torch.stack(columns).cpu().numpy()
+            return Samples(
+                token_ids=tokens,
+                logprobs=logprobs.view(np.float32),
+                untruncated_logprobs=logprobs.view(np.float32),
+                kept_counts=np.zeros(len(tokens), np.int32),
+                kept_ids=NO_SAMPLES.kept_ids,
+            )
+        columns += [self.untruncated_logprobs.view(torch.int32), self.kept.sum(-1, dtype=torch.int32)]
+        tokens, logprobs, untruncated, counts = torch.stack(columns).cpu().numpy()
+        return Samples(
+            token_ids=tokens,
+            logprobs=logprobs.view(np.float32),
+            untruncated_logprobs=untruncated.view(np.float32),
+            kept_counts=counts,
+            kept_ids=self.kept.nonzero()[:, 1].to(torch.int32).cpu().numpy(),
+        )
+
+
+def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: SamplingConfig) -> Draws:
+    """One token per row, with its log-probability under the distribution it was drawn from and before truncation.
+
+    Order: temperature, top-k, top-p, min-p, draw; of equal logits the lower id comes first. At temperature 0 the token
+    is the arg max and its log-probability is the one at temperature 1, since a point mass has nothing to compare with.
+    Logits are taken to float32, the cumulative sum to float64. Raises ValueError for logits that are not finite.
     """
     logits = logits_NV.float()
     # One pass for the usual case: the extremes of a tensor that holds a NaN or an infinity are not finite.
@@ -56,26 +91,40 @@ def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: Sam
         raise ValueError(f"the policy's logits are not finite (row {row}); the published weights are damaged")
     if sampling.temperature == 0.0:
         tokens = logits.argmax(-1)
-        return tokens, torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
-    log_p = torch.log_softmax(logits / sampling.temperature, -1)
-    if sampling.top_k or sampling.top_p < 1.0:
-        log_p = torch.log_softmax(_truncate(log_p, sampling), -1)
+        logprobs = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
+        return Draws(tokens, logprobs, logprobs, None)
+    untruncated = log_p = torch.log_softmax(logits / sampling.temperature, -1)
+    kept = None
+    if truncates(sampling):
+        kept = _kept(log_p, sampling)
+        log_p = torch.log_softmax(log_p.masked_fill(~kept, -torch.inf), -1)
     cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)
     # The last entry is the total, 1 but for rounding. The largest noise is 1 - 2^-53, whose product with it rounds to
     # less: the draw ends at an entry that adds something to the sum, so never at one that was cut off.
     threshold = uniform(keys_N, positions_N)[:, None] * cumulative[:, -1:]
     tokens = torch.searchsorted(cumulative, threshold, right=True)
-    return tokens[:, 0], log_p.gather(1, tokens)[:, 0]
+    logprobs = log_p.gather(1, tokens)[:, 0]
+    return Draws(tokens[:, 0], logprobs, logprobs if kept is None else untruncated.gather(1, tokens)[:, 0], kept)
 
 
-def _truncate(log_p: Tensor, sampling: SamplingConfig) -> Tensor:
-    """Minus infinity outside the kept set: the k likeliest, then the shortest prefix of them with mass top_p."""
-    ordered, ids = log_p.sort(dim=-1, descending=True, stable=True)
-    drop = torch.zeros_like(ordered, dtype=torch.bool)
-    if sampling.top_k:
-        drop[:, sampling.top_k :] = True
-    if sampling.top_p < 1.0:
-        kept = ordered.masked_fill(drop, -torch.inf).softmax(-1)
-        mass = kept.cumsum(-1, dtype=torch.float64)
-        drop[:, 1:] |= mass[:, :-1] >= sampling.top_p
-    return log_p.masked_fill(torch.zeros_like(drop).scatter(-1, ids, drop), -torch.inf)
+def truncates(sampling: SamplingConfig) -> bool:
+    """Whether some ids may be cut off. Greedy decoding has nothing to cut."""
+    return sampling.temperature > 0.0 and bool(sampling.top_k or sampling.top_p < 1.0 or sampling.min_p > 0.0)
+
+
+def _kept(log_p: Tensor, sampling: SamplingConfig) -> Tensor:
+    """The k likeliest, of these the shortest prefix with mass top_p, of these the ones not below min_p times the
+    likeliest."""
+    kept = torch.ones_like(log_p, dtype=torch.bool)
+    if sampling.top_k or sampling.top_p < 1.0:
+        ordered, ids = log_p.sort(dim=-1, descending=True, stable=True)
+        drop = torch.zeros_like(kept)
+        if sampling.top_k:
+            drop[:, sampling.top_k :] = True
+        if sampling.top_p < 1.0:
+            mass = ordered.masked_fill(drop, -torch.inf).softmax(-1).cumsum(-1, dtype=torch.float64)
+            drop[:, 1:] |= mass[:, :-1] >= sampling.top_p
+        kept = kept.scatter(-1, ids, ~drop)
+    if sampling.min_p > 0.0:
+        kept &= log_p >= log_p.amax(-1, keepdim=True) + math.log(sampling.min_p)
+    return kept

@@ -1,4 +1,4 @@
-"""A rollout worker: a copy of the policy in FP4 values, an engine around it, and the version it samples under.
+"""A rollout worker: a copy of the policy in packed FP4, an engine around it, and the version it samples under.
 
 Knows nothing of Ray. Weights come as snapshots through the run's store, so that all workers of a node read one copy.
 """
@@ -8,13 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
 from opd.config import ModelConfig, RolloutConfig, SamplingConfig
-from opd.model import DeepseekV4, load_model, with_path
+from opd.fp4 import pack_weights
+from opd.model import DeepseekV4, load_model
 from opd.types import Store, Trajectory, WeightSnapshot
 from opd.weights import apply_snapshot, snapshot_of
-from rollout.engine import Request, V4Engine
+from rollout.engine import V4Engine, pages_of
+from rollout.request import Request
+from rollout.wal import Log, LogKey, read_batch
 
 if TYPE_CHECKING:
     from rollout.hub_engine import HubEngine
@@ -36,14 +40,23 @@ class RolloutWorker:
         """The architecture is that of the checkpoint `model.path`; its weights are not sampled from until a `load`."""
         self.store, self.model_config, self.device = store, model, device
         self.version = -1  # no weights yet
-        # A snapshot's experts are MXFP4 values already: rounding them again in every forward would change nothing.
-        self.policy = load_model(with_path(model, model.path or "", fp4="none")).to(device)
-        self.engine = self._engine(rollout.num_slots, stop_ids, seed)
+        self.policy = load_model(model).to(device)
+        pack_weights(self.policy, model.fp4)  # FP4 weights are held, and replaced, as packed bytes and nothing else
+        self.wal = rollout.wal
+        self.engine = self._engine(rollout, stop_ids, seed)
 
-    def _engine(self, num_slots: int, stop_ids: Sequence[int], seed: int) -> V4Engine | HubEngine:
-        max_tokens = self.model_config.max_tokens
+    def _engine(self, rollout: RolloutConfig, stop_ids: Sequence[int], seed: int) -> V4Engine | HubEngine:
+        max_tokens, num_slots = self.model_config.max_tokens, rollout.num_slots
         if isinstance(self.policy, DeepseekV4):
-            return V4Engine(self.policy, num_slots=num_slots, max_tokens=max_tokens, stop_ids=stop_ids, seed=seed)
+            return V4Engine(
+                self.policy,
+                num_slots=num_slots,
+                max_tokens=max_tokens,
+                stop_ids=stop_ids,
+                seed=seed,
+                prefill_tokens=rollout.prefill_tokens,
+                num_pages=pages_of(self.policy, num_slots, max_tokens, rollout.cache_bytes),
+            )
         from rollout.hub_engine import HubEngine  # transformers' caches take a while to import
 
         return HubEngine(self.policy, num_slots=num_slots, max_tokens=max_tokens, stop_ids=stop_ids, seed=seed)
@@ -65,15 +78,49 @@ class RolloutWorker:
         self.version = snapshot.policy_version
         return self.version
 
-    def generate(self, requests: Sequence[Request], sampling: SamplingConfig, version: int) -> list[Trajectory]:
-        """Trajectories in the order of the requests. Raises ValueError when another version is asked for."""
+    def generate(
+        self,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        version: int,
+        log: LogKey | None = None,
+        *,
+        resume: bool = False,
+    ) -> list[Trajectory]:
+        """Trajectories in the order of the requests. Each token is in the write-ahead log `log` before it counts; with
+        `resume`, what that log already has of this batch is not sampled again.
+
+        Raises ValueError when another version is asked for, LogDamaged for a log that is not of this batch or was
+        changed, and RuntimeError when the log's disk is full.
+        """
         if version != self.version:
             raise ValueError(f"asked to sample under policy version {version}; this worker holds {self.version}")
-        return self.engine.generate(requests, sampling, version)
+        if log is None or self.wal == "none":
+            return self.engine.generate(requests, sampling, version)
+        found = read_batch(log) if resume else None
+        if found is not None:
+            requests = found.resumed(requests, sampling, self.engine.seed)
+        durability = "machine" if self.wal == "machine" else "process"
+        with Log(
+            log, requests, sampling, policy_version=version, seed=self.engine.seed, durability=durability
+        ) as writer:
+            return self.engine.generate(requests, sampling, version, writer)
+
+    def logged_tokens(self, log: LogKey | None) -> int:
+        """Tokens of the batch that its log has. Raises as `generate` does."""
+        found = None if log is None or self.wal == "none" else read_batch(log)
+        return 0 if found is None else found.num_tokens
 
     @torch.inference_mode()
-    def probe(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Log-probabilities of the token after a prompt, float32 [V]: what a weight swap is checked by."""
-        ids = torch.tensor([list(token_ids)], device=self.device)
-        hidden = self.policy(ids, torch.tensor([len(token_ids)], device=self.device)).hidden[0, -1]
-        return torch.log_softmax(hidden.float() @ self.policy.head.float().T, -1).cpu()
+    def probe(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
+        """The policy's log-probabilities of every token of the prompts but their first ones, given those before it,
+        float32 [tokens of all prompts minus prompts]: what a weight swap is checked by."""
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        token_ids = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.int64)
+        for row, prompt in enumerate(prompts):
+            token_ids[row, : len(prompt)] = torch.tensor(list(prompt))
+        rows, columns = (torch.arange(token_ids.shape[1] - 1) < lengths[:, None] - 1).nonzero(as_tuple=True)
+        hidden = self.policy(token_ids.to(self.device), lengths.to(self.device)).hidden[rows, columns]
+        logits = torch.nn.functional.linear(hidden.float(), self.policy.head.float())
+        targets = token_ids[rows, columns + 1].to(self.device)
+        return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0].cpu().numpy()

@@ -142,7 +142,7 @@ class TeacherHost:
                     family=config.family,
                     path=config.path,
                     revision=config.revision,
-                    fp4=self._fp4,
+                    fp4=self._fp4 if config.family == "deepseek_v4" else "none",
                     fp4_index=self._fp4_index and config.family == "deepseek_v4",
                 )
             )

@@ -331,10 +331,8 @@ def v4_moe(config: Any, token_id: int, u: torch.Tensor, w: Weights) -> tuple[tor
     return out, scores, chosen
 
 
-def v4_forward(
-    config: Any, weights: Weights, token_ids: list[int]
-) -> tuple[torch.Tensor, list[float], list[list[int]]]:
-    """Hidden states [T, D] before the head; balance loss and expert load of each score-routed layer."""
+def v4_trunk(config: Any, weights: Weights, token_ids: list[int]) -> tuple[Vectors, list[float], list[list[int]]]:
+    """Each token's streams [n, D] after the last layer; balance loss and expert load of each score-routed layer."""
     streams = [weights["model.embed_tokens.weight"][i].expand(config.hc_mult, -1) for i in token_ids]
     balance: list[float] = []
     load: list[list[int]] = []
@@ -359,11 +357,54 @@ def v4_forward(
                 sum(num_experts * sent[e] / (k * length) * float(shares[e]) / length for e in range(num_experts))
             )
             load.append(sent)
+    return streams, balance, load
+
+
+def v4_forward(
+    config: Any, weights: Weights, token_ids: list[int]
+) -> tuple[torch.Tensor, list[float], list[list[int]]]:
+    """Hidden states [T, D] before the head; balance loss and expert load of each score-routed layer."""
+    streams, balance, load = v4_trunk(config, weights, token_ids)
     hidden = []
     for x in streams:
         collapsed = hyper_head(config, x, under(weights, "model.hc_head.hc_"))
         hidden.append(rms(collapsed, config.rms_norm_eps) * weights["model.norm.weight"])
     return torch.stack(hidden), balance, load
+
+
+def v4_mtp(config: Any, weights: Weights, token_ids: list[int]) -> tuple[torch.Tensor, list[list[int]]]:
+    """The block that predicts ahead: hidden states [T - 1, D], of which index t predicts token t + 2, and the experts
+    of each place. The last index predicts the token that would follow the sequence."""
+    w, eps = under(weights, "mtp.0."), config.rms_norm_eps
+    trunk, _, _ = v4_trunk(config, weights, token_ids)
+    streams = []
+    for t in range(len(token_ids) - 1):
+        token = rms(weights["model.embed_tokens.weight"][token_ids[t + 1]], eps) * w["enorm.weight"]
+        state = [rms(stream, eps) * w["hnorm.weight"] for stream in trunk[t]]
+        streams.append(torch.stack([w["e_proj.weight"] @ token + w["h_proj.weight"] @ stream for stream in state]))
+    sites = [hyper_connection(config, x, under(w, "attn_hc.")) for x in streams]
+    h = [rms(collapsed, eps) * w["input_layernorm.weight"] for collapsed, _, _ in sites]
+    attended = v4_attention(config, "sliding_attention", h, under(w, "self_attn."))
+    hidden, experts = [], []
+    for x, y, (_, post, residual) in zip(streams, attended, sites, strict=True):
+        x = hyper_expand(x, y, post, residual)
+        collapsed, post, residual = hyper_connection(config, x, under(w, "ffn_hc."))
+        u = rms(collapsed, eps) * w["post_attention_layernorm.weight"]
+        y, _, chosen = v4_moe(config, -1, u, under(w, "mlp."))
+        x = hyper_expand(x, y, post, residual)
+        hidden.append(rms(hyper_head(config, x, under(w, "hc_head.hc_")), eps) * w["norm.weight"])
+        experts.append(chosen)
+    return torch.stack(hidden), experts
+
+
+def mtp_nll(config: Any, weights: Weights, token_ids: list[int]) -> float:
+    """Mean cross-entropy of tokens 2, 3, ... of one sequence, each from the state two before it."""
+    hidden, _ = v4_mtp(config, weights, token_ids)
+    total = 0.0
+    for t in range(len(token_ids) - 2):
+        logits = weights["lm_head.weight"] @ hidden[t]
+        total += float(torch.log(torch.exp(logits - logits.max()).sum()) + logits.max() - logits[token_ids[t + 2]])
+    return total / (len(token_ids) - 2)
 
 
 def under(weights: Weights, prefix: str) -> Weights:

@@ -62,7 +62,7 @@ def test_defaults_are_accepted() -> None:
         ("run.name", "/a", "letters, digits"),
         ("run.name", "", "letters, digits"),
         ("model.family", "v4", "deepseek_v4, hf"),
-        ("model.fp4", "all", "experts, none"),
+        ("model.fp4", "all", "experts, linears, none"),
         ("model.max_tokens", 1, "at least 2"),
         ("tokenizer.vocab_size", 299, "at least 300"),
         ("tokenizer.samples_per_domain", 0, "at least 1"),
@@ -106,6 +106,9 @@ def test_defaults_are_accepted() -> None:
         ("stages.sft.prompts_per_step", 0, "at least 1"),
         ("stages.sft.group_size", 4, "demonstrations are not sampled; leave it at 1"),
         ("stages.base.temperature", 0.7, "demonstrations are not sampled; leave it at 1.0"),
+        ("stages.sft.mtp_weight", -0.1, "at least 0"),
+        ("stages.grpo.mtp_weight", 0.3, "learns from demonstrations only; leave it at 0.0"),
+        ("stages.distill.mtp_weight", 0.1, "learns from demonstrations only; leave it at 0.0"),
         ("stages.grpo.learning_rate", float("nan"), "at least 0"),
         ("stages.grpo.group_size", 1, "at least 2"),
         ("stages.grpo.temperature", 0.0, "above 0"),
@@ -174,9 +177,10 @@ def test_a_domain_is_refused_by_its_own_key(domain: DomainConfig, key: str, allo
         ({"teachers": {"a": TeacherConfig(path="x", family="gpt")}}, r"teachers\.a\.family=gpt.*deepseek_v4, hf"),
         ({"teachers": {"a": TeacherConfig(path="x", residency="gpu")}}, r"teachers\.a\.residency=gpu.*host, disk"),
         ({"model__family": "hf"}, r"model\.path is null.*model\.family=hf"),
-        ({"model__family": "hf", "model__path": "x"}, r"model\.fp4=experts.*must be none"),
+        ({"model__family": "hf", "model__path": "x"}, r"model\.fp4=experts.*must be linears or none"),
+        ({"model__fp4": "linears"}, r"model\.fp4=linears.*must be experts or none"),
         ({"rollout__sampling__top_k": 5}, r"top_k=5 must be off .*stages\.grpo\.steps > 0"),
-        ({"rollout__sampling__top_p": 0.9}, r"top_p=0\.9 .*must be off .*stages\.grpo\.steps > 0"),
+        ({"rollout__sampling__top_p": 0.9}, r"top_p=0\.9, .*must be off .*stages\.grpo\.steps > 0"),
     ],
 )
 def test_settings_that_cannot_work_together(changes: dict[str, Any], message: str) -> None:
@@ -188,6 +192,7 @@ def test_what_does_not_run_is_not_checked_against_the_rest() -> None:
     check_config(config(stages__grpo__steps=0, rollout__sampling__top_k=5))
     check_config(config(stages__grpo__steps=0, stages__grpo__group_size=1))
     check_config(config(model__family="hf", model__path="x", model__fp4="none", model__fp4_index=False))
+    check_config(config(model__family="hf", model__path="x", model__fp4="linears", model__fp4_index=False))
     check_config(config(runtime__kind="ray", learner__num_ranks=2))
     check_config(config(learner__zero_stage=2, learner__optimizer__name="adamw"))
     check_config(config(stages__distill__temperature=0.0))

@@ -1,12 +1,33 @@
-"""MXFP4 against a scalar oracle, its tables, its error bounds, and its exactness in FP8."""
+"""Both FP4 formats against scalar oracles, their tables, bounds and exactness; modules that hold packed bytes only."""
 
 from __future__ import annotations
 
+import copy
+import math
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
-from opd.fp4 import dequantize, fake_quantize, is_fp4_name, lossless_violations, quantize
+from opd.fp4 import (
+    FakeFp4Linear,
+    Fp4Experts,
+    Fp4Linear,
+    NvFp4Tensor,
+    dequantize,
+    fake_quantize,
+    fake_quantize_linears,
+    fp4_names,
+    is_fp4_name,
+    lossless_violations,
+    pack_weights,
+    packed_weights,
+    quantize,
+    quantize_nv,
+)
+from opd.kernels import cpu
 from opd.types import Fp4Tensor
 from tests import oracles
 
@@ -261,5 +282,269 @@ def test_which_names_are_fp4() -> None:
             is_fp4_name(experts + name, (8, 256, 100), "experts")
     for name in ("mlp.shared_experts.down_proj", "mlp.experts.gate_up_proj_bias", "self_attn.o_proj.weight"):
         assert not is_fp4_name("model.layers.3." + name, (256, 100), "experts")
-    with pytest.raises(ValueError, match=r"model\.fp4='all'.*experts, none"):
+    with pytest.raises(ValueError, match=r"model\.fp4='all'.*experts, linears, none"):
         is_fp4_name("lm_head.weight", (32, 32), "all")
+
+
+def test_which_linears_are_fp4() -> None:
+    for name in ("model.layers.0.self_attn.q_proj.weight", "transformer.h.11.mlp.dense.weight", "layers.3.fc1.weight"):
+        assert is_fp4_name(name, (64, 32), "linears")
+        assert not is_fp4_name(name, (64, 32), "experts")
+        with pytest.raises(ValueError, match=rf"{name} has shape \(64, 40\); with model.fp4=linears"):
+            is_fp4_name(name, (64, 40), "linears")
+    for name, shape in (
+        ("model.embed_tokens.weight", (64, 32)),
+        ("lm_head.weight", (64, 32)),
+        ("model.layers.0.input_layernorm.weight", (32,)),
+        ("model.layers.0.self_attn.q_norm.weight", (64, 32)),
+        ("model.layers.0.self_attn.q_proj.bias", (64,)),
+        ("model.layers.0.mlp.gate.weight", (128, 40)),  # a router; gate_proj is a linear map
+        ("model.layers.0.mlp.small.weight", (31, 40)),
+        ("model.layers.0.mlp.experts.gate_up_proj", (8, 64, 32)),
+    ):
+        assert not is_fp4_name(name, shape, "linears")
+    assert is_fp4_name("model.layers.0.mlp.gate_proj.weight", (64, 32), "linears")
+
+
+# ---- NVFP4 -----------------------------------------------------------------------------------------------------------
+
+E4M3_NORMALS = [2.0**exponent * (8 + mantissa) / 8 for exponent in range(-6, 9) for mantissa in range(8)][:-1]
+
+
+def float32(value: float) -> float:
+    return torch.tensor(value, dtype=torch.float32).item()
+
+
+def nv_matrix(weight: Tensor) -> tuple[list[int], list[int], float]:
+    """Codes and scale bytes in a row, and the matrix's scale, one scalar at a time."""
+    exponent = -119
+    while 2688.0 * 2.0**exponent < weight.abs().max().item():
+        exponent += 1
+    codes, scale_bytes = [], []
+    for block in weight.reshape(-1, 16).tolist():
+        wanted = float32(max(abs(value) for value in block) / 6) / 2.0**exponent
+        index = next(i for i, scale in enumerate(E4M3_NORMALS) if scale >= wanted)
+        scale_bytes.append(index + 8)
+        for value in block:
+            scaled = float32(abs(value) / (E4M3_NORMALS[index] * 2.0**exponent))
+            code = min(range(8), key=lambda c: (abs(oracles.FP4_GRID[c] - scaled), c % 2))
+            codes.append(code + (8 if math.copysign(1.0, value) < 0 else 0))
+    return codes, scale_bytes, 2.0**exponent
+
+
+def nv_weights(seed: int = 0) -> Tensor:
+    """[3, 8, 96] float32 of magnitudes far apart: between matrices, and between blocks of one."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3, 8, 6, 16, generator=generator)
+    weight = torch.ldexp(weight, torch.randint(-16, 3, (3, 8, 6, 1), generator=generator))
+    weight = torch.ldexp(weight, torch.tensor([-90, 0, 100]).reshape(3, 1, 1, 1)).reshape(3, 8, 96)
+    weight[1, 0, :16] = 0.0
+    weight[1, 1, :16] = torch.arange(16) / 4  # many ties
+    weight[1, 2, :16] = -0.0
+    return weight
+
+
+def test_nvfp4_matches_the_oracle() -> None:
+    for seed in range(3):
+        weight = nv_weights(seed)
+        result = quantize_nv(weight)
+        for matrix in range(3):
+            codes, scale_bytes, matrix_scale = nv_matrix(weight[matrix])
+            unpacked = torch.stack((result.codes[matrix] & 15, result.codes[matrix] >> 4), -1)
+            assert unpacked.flatten().tolist() == codes
+            assert result.scales[matrix].flatten().tolist() == scale_bytes
+            assert result.matrix_scales[matrix].item() == matrix_scale
+            scales = torch.tensor([E4M3_NORMALS[byte - 8] for byte in scale_bytes], dtype=torch.float64)
+            grid = torch.tensor(oracles.FP4_GRID + tuple(-value for value in oracles.FP4_GRID), dtype=torch.float64)
+            values = (grid[codes].reshape(-1, 16) * scales[:, None] * matrix_scale).reshape(8, 96)
+            assert same_bits(dequantize(result, torch.float64)[matrix], values)
+
+
+def test_nvfp4_is_exact_in_bfloat16_idempotent_and_never_saturates() -> None:
+    for weight in (nv_weights(5), torch.randn(64, 48, generator=torch.Generator().manual_seed(1))):
+        result = quantize_nv(weight)
+        values = dequantize(result, torch.float64)
+        assert torch.equal(dequantize(result, torch.bfloat16).double(), values)
+        again = quantize_nv(dequantize(result))
+        assert same_bits(dequantize(again), dequantize(result))
+        blocks, rounded = weight.double().unflatten(-1, (-1, 16)), values.unflatten(-1, (-1, 16))
+        saturated = rounded.abs().amax(-1) < blocks.abs().amax(-1) * (1 - 2.0**-23)
+        assert not bool((saturated & (result.scales > 8)).any())  # at the smallest scale the largest element may be < 5
+
+
+@pytest.mark.parametrize("shape", [(16,), (0, 64), (3, 0), (5, 48), (2, 3, 64), (2, 1, 3, 16)])
+def test_nvfp4_of_any_leading_dimensions(shape: tuple[int, ...]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        result = quantize_nv(weight.to(dtype))
+        assert result.scales.shape == (*shape[:-1], shape[-1] // 16)
+        assert result.matrix_scales.shape == shape[:-2]
+        assert dequantize(result).shape == shape
+        assert same_bits(fake_quantize(weight.to(dtype), "nvfp4"), dequantize(result, dtype))
+
+
+def test_nvfp4_gradient_passes_and_refusals_name_the_format() -> None:
+    master = torch.randn(16, 64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    fake_quantize(master, "nvfp4").square().sum().backward()
+    assert master.grad is not None
+    assert torch.equal(master.grad, 2 * fake_quantize(master.detach(), "nvfp4"))
+    with pytest.raises(ValueError, match=r"\(4, 24\); NVFP4.*multiple of 16"):
+        quantize_nv(torch.zeros(4, 24))
+    with pytest.raises(ValueError, match="NVFP4 holds finite values only"):
+        quantize_nv(torch.full((2, 16), torch.inf))
+
+
+def test_nvfp4_is_closer_than_mxfp4() -> None:
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(6))
+    errors = [
+        (dequantize(rounded) - weight).square().mean().sqrt() for rounded in (quantize_nv(weight), quantize(weight))
+    ]
+    assert errors[0] < 0.9 * errors[1]
+
+
+# ---- modules that hold packed bytes ----------------------------------------------------------------------------------
+
+
+def close(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantizer", [quantize, quantize_nv])
+@pytest.mark.parametrize("with_library", [True, False])
+def test_experts_multiply_by_their_dequantised_weight(
+    quantizer: Any, with_library: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not with_library:
+        monkeypatch.setattr(cpu, "paths", lambda: ())
+    generator = torch.Generator().manual_seed(0)
+    tensor = quantizer(torch.randn(3, 40, 96, generator=generator))
+    experts, x, sizes = Fp4Experts(tensor), torch.randn(9, 96, generator=generator), (4, 0, 5)
+    weight = dequantize(tensor)
+    assert close(experts(x, sizes), torch.cat((x[:4] @ weight[0].T, x[4:] @ weight[2].T)))
+    assert close(experts(x.double(), sizes), torch.cat((x[:4] @ weight[0].T, x[4:] @ weight[2].T)).double())
+    assert experts(x[:0], (0, 0, 0)).shape == (0, 40)
+    assert experts(x[:0].double(), (0, 0, 0)).shape == (0, 40)
+    narrow = experts(x.half(), sizes)
+    assert narrow.dtype == torch.float16
+    assert torch.allclose(narrow.float(), experts(x, sizes), rtol=1e-2, atol=0.1)
+
+
+@pytest.mark.parametrize("quantizer", [quantize, quantize_nv])
+@pytest.mark.parametrize("shape", [(2, 20, 64), (20, 64)])
+def test_packed_bytes_are_all_there_is_and_come_back(quantizer: Any, shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    first, second = (quantizer(torch.randn(shape, generator=generator)) for _ in range(2))
+    experts = Fp4Experts(first)
+    assert not list(experts.parameters()) and not experts.state_dict()
+    floats = [buffer for buffer in experts.buffers() if buffer.dtype.is_floating_point]
+    assert sum(buffer.numel() for buffer in floats) <= math.prod(shape[:-2])
+    for tensor in (first, second):
+        experts.load(tensor)
+        again = experts.packed()
+        assert type(again) is type(tensor) and again.shape == shape
+        assert torch.equal(again.codes, tensor.codes) and torch.equal(again.scales, tensor.scales)
+        assert same_bits(dequantize(again), dequantize(tensor))
+    moved = copy.deepcopy(experts).to(torch.bfloat16)
+    assert same_bits(dequantize(moved.packed()), dequantize(second))
+
+
+def test_packed_weights_take_less_than_a_third_of_bfloat16() -> None:
+    linear = Fp4Linear(quantize(torch.randn(256, 128)))
+    assert 256 * 128 * 2 / sum(buffer.nbytes for buffer in linear.buffers()) == pytest.approx(
+        4 / (1 + 1 / 16), rel=1e-3
+    )
+
+
+def test_packed_modules_refuse() -> None:
+    tensor = quantize(torch.randn(2, 20, 64))
+    experts = Fp4Experts(tensor)
+    with pytest.raises(
+        ValueError, match=r"MXFP4 of shape \(20, 64\) cannot take the place of MXFP4 of shape \(2, 20, 64\)"
+    ):
+        experts.load(quantize(torch.randn(20, 64)))
+    with pytest.raises(ValueError, match="NVFP4 of shape"):
+        experts.load(quantize_nv(torch.randn(2, 20, 64)))
+    for byte in (0, 255):
+        scales = tensor.scales.clone()
+        scales[1, 3, 1] = byte
+        with pytest.raises(ValueError, match=r"products are made with 1 to 254"):
+            experts.load(Fp4Tensor(codes=tensor.codes, scales=scales, shape=tensor.shape))
+    nv = quantize_nv(torch.randn(2, 16))
+    negative = NvFp4Tensor(codes=nv.codes, scales=nv.scales | 128, matrix_scales=nv.matrix_scales, shape=nv.shape)
+    with pytest.raises(ValueError, match="products are made with 0 to 126"):
+        Fp4Linear(negative)
+    with pytest.raises(ValueError, match=r"\(5, 64\) in 2 segments of 6 rows"):
+        experts(torch.zeros(5, 64), (5, 1))
+    with pytest.raises(ValueError, match="no gradient"):
+        experts(torch.zeros(5, 64, requires_grad=True), (5, 0))
+    with pytest.raises(ValueError, match="expected outputs, inputs"):
+        Fp4Linear(tensor)
+    assert same_bits(dequantize(experts.packed()), dequantize(tensor))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(32, 64)
+        self.down_proj = nn.Linear(64, 32, bias=False)
+        self.gate = nn.Linear(32, 40, bias=False)
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down_proj(functional.silu(self.up_proj(self.norm(x)))) + self.gate(x).sum(-1, keepdim=True)
+
+
+class Stack(nn.Module):
+    def __init__(self, block: type[nn.Module] = Block) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(50, 32)
+        self.layers = nn.ModuleList(block() for _ in range(2))
+        self.lm_head = nn.Linear(32, 50, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+def test_learner_and_worker_of_a_dense_model_hold_the_same_linears() -> None:
+    ids = torch.arange(12).reshape(2, 6)
+    plain, learner, worker = Stack(), Stack(), Stack()
+    fake_quantize_linears(learner)
+    pack_weights(worker, "linears")
+    names = {f"layers.{layer}.{name}.weight" for layer in range(2) for name in ("up_proj", "down_proj")}
+    assert fp4_names(plain, "linears") == names
+    assert packed_weights(worker).keys() == names
+    assert learner.state_dict().keys() == plain.state_dict().keys()
+    assert worker.state_dict().keys() == plain.state_dict().keys() - names
+    assert sum(isinstance(module, FakeFp4Linear) for module in learner.modules()) == 4
+    assert fp4_names(learner, "linears") == names
+    with torch.no_grad():
+        for name in names:
+            plain.get_parameter(name).copy_(fake_quantize(plain.get_parameter(name)))
+        assert torch.equal(learner(ids), plain(ids))
+        assert close(worker(ids), plain(ids))
+    learner(ids).square().sum().backward()
+    for name in names:
+        assert learner.get_parameter(name).grad is not None
+    pack_weights(learner, "linears")  # a learner's model packs alike
+    with torch.no_grad():
+        assert torch.equal(learner(ids), worker(ids))
+
+
+def test_linears_that_are_no_linear_maps_are_refused() -> None:
+    class Turned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.zeros(32, 64))
+
+    class Strange(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.c_attn = Turned()
+
+    for function in (fake_quantize_linears, lambda model: pack_weights(model, "linears")):
+        with pytest.raises(ValueError, match=r"layers.0.c_attn.weight belongs to a Turned; with model.fp4=linears"):
+            function(Stack(Strange))

@@ -28,6 +28,7 @@ from transformers import (
 )
 
 from opd.config import ConfigError
+from opd.fp4 import dequantize, fake_quantize, pack_weights, packed_weights, quantize
 from opd.model.hub import load_hub_model
 from opd.weights import apply_snapshot, load_snapshot, named_weights, save_checkpoint, save_snapshot, snapshot_of
 
@@ -161,3 +162,55 @@ def test_loads_as_fp32_masters_whatever_the_file_holds(tmp_path: Path) -> None:
     model = load_hub_model(str(tmp_path))
     assert {tensor.dtype for tensor in named_weights(model).values()} == {torch.float32}
     model.update_selection_bias(torch.zeros(0, 0, dtype=torch.int64), 1e-3)
+
+
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@KINDS
+def test_linears_are_trained_and_sampled_as_the_same_fp4_values(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    shape = SHAPE | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    match kind:
+        case "qwen3":
+            original: PreTrainedModel = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=False))
+        case "llama_tied":
+            original = LlamaForCausalLM(LlamaConfig(**shape, tie_word_embeddings=True))
+        case _:
+            original = GemmaForCausalLM(GemmaConfig(**shape))
+    original.save_pretrained(tmp_path / "masters")
+    with torch.no_grad():
+        for name, weight in original.named_parameters():
+            if name.split(".")[-2] in LINEARS:
+                weight.copy_(dequantize(quantize(weight)))
+    original.save_pretrained(tmp_path / "rounded")
+
+    learner = load_hub_model(str(tmp_path / "masters"), fp4="linears")
+    rounded = load_hub_model(str(tmp_path / "rounded"))
+    worker = load_hub_model(str(tmp_path / "rounded"))
+    masters = named_weights(load_hub_model(str(tmp_path / "masters")))
+    assert named_weights(learner).keys() == masters.keys()
+    assert all(torch.equal(weight, masters[name]) for name, weight in named_weights(learner).items())
+
+    pack_weights(worker, "linears")
+    assert {name.split(".")[-2] for name in packed_weights(worker)} == set(LINEARS)
+    assert named_weights(worker).keys() == masters.keys() - packed_weights(worker).keys()
+    snapshot = snapshot_of(learner, 3, "linears")
+    apply_snapshot(worker, snapshot)
+    for name, weight in packed_weights(worker).items():
+        assert torch.equal(dequantize(weight.packed()), fake_quantize(masters[name]))
+
+    token_ids, lengths = torch.randint(0, 50, (3, 9)), torch.tensor([9, 3, 6])
+    with torch.no_grad():
+        expected = learner(token_ids, lengths).hidden[0]
+        assert torch.equal(rounded(token_ids, lengths).hidden[0], expected)
+        assert torch.allclose(worker(token_ids, lengths).hidden[0], expected, atol=1e-5)
+    learner(token_ids, lengths).hidden[0].square().sum().backward()
+    for name in packed_weights(worker):
+        assert dict(learner.named_parameters())[name].grad is not None
+
+
+def test_linears_that_blocks_do_not_divide_are_refused(tmp_path: Path) -> None:
+    tiny("qwen3").save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=r"down_proj.weight has shape \(32, 48\); with model.fp4=linears.*fp4=none"):
+        load_hub_model(str(tmp_path), fp4="linears")

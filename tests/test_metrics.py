@@ -22,7 +22,7 @@ DISABLED = TrackingConfig(wandb="disabled")
 EMITTED = [
     "train/loss", "train/grad_norm", "train/lr", "train/skipped_steps", "train/tokens",
     "train/balance_loss", "train/index_loss", "train/index_recall", "train/load_imbalance",
-    "sft/nll/{d}", "sft/entropy/{d}",
+    "sft/nll/{d}", "sft/entropy/{d}", "sft/mtp_nll",
     "grpo/entropy/{d}", "distill/reverse_kl",
     "distill/reverse_kl/{d}", "distill/kl_max/{d}", "distill/student_entropy/{d}", "distill/teacher_entropy/{d}",
     "distill/top1_agreement/{d}", "distill/head_loads", "teacher/{d}/tokens", "teacher/{d}/token_share",

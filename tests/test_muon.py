@@ -155,6 +155,7 @@ def tiny_v4() -> DeepseekV4:
         layer_types=["sliding_attention", "compressed_sparse_attention", "heavily_compressed_attention"],
         mlp_layer_types=["hash_moe", "moe", "moe"],
         partial_rotary_factor=0.5,
+        num_nextn_predict_layers=0,
     )
     return DeepseekV4(config)
 

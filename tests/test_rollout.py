@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
 import random
+import signal
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import oracles
@@ -25,17 +30,30 @@ from transformers import (
 )
 
 import rollout.engine
-from opd.actors import LocalStore, open_runtime
-from opd.config import ModelConfig, RolloutConfig, RuntimeConfig, SamplingConfig
-from opd.fp4 import is_fp4_name
+from opd.actors import LocalStore, Runtime, open_runtime
+from opd.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    DomainConfig,
+    ModelConfig,
+    RolloutConfig,
+    RunConfig,
+    RuntimeConfig,
+    SamplingConfig,
+    check_config,
+)
+from opd.fp4 import dequantize, is_fp4_name, packed_weights
 from opd.model import HubModel
 from opd.model.transformer import DeepseekV4, initialize, v4_config
-from opd.types import Group, Prompt, Trajectory, VersionSpan
+from opd.types import Actor, Fp4Tensor, Future, Group, Prompt, Trajectory, VersionSpan
 from opd.weights import named_weights, save_checkpoint, snapshot_of
-from rollout.engine import Request, V4Engine
-from rollout.fleet import Fleet
+from rollout.engine import V4Engine, pages_of
+from rollout.fleet import PROBES, Fleet
 from rollout.hub_engine import HubEngine
+from rollout.request import NO_SAMPLES, Request, Samples, TruncatedTrajectory
 from rollout.sampling import sample, trajectory_key, uniform
+from rollout.wal import Log, LogDamaged, LogKey, read_batch, read_log
 from rollout.worker import RolloutWorker
 
 VOCAB, STOP, MAX_TOKENS, SEED = 40, 1, 32, 11
@@ -92,6 +110,11 @@ def assert_same(left: Sequence[Trajectory], right: Sequence[Trajectory]) -> None
         assert a.finish_reason == b.finish_reason and a.version_spans == b.version_spans
         np.testing.assert_array_equal(a.loss_mask, b.loss_mask)
         np.testing.assert_allclose(a.sampler_logprobs, b.sampler_logprobs, rtol=0, atol=1e-4)
+        assert type(a) is type(b)
+        if isinstance(a, TruncatedTrajectory) and isinstance(b, TruncatedTrajectory):
+            np.testing.assert_array_equal(a.kept_counts, b.kept_counts)
+            np.testing.assert_array_equal(a.kept_ids, b.kept_ids)
+            np.testing.assert_allclose(a.untruncated_logprobs, b.untruncated_logprobs, rtol=0, atol=1e-4)
 
 
 def assert_is_oracles(
@@ -186,7 +209,7 @@ def test_the_ends_of_the_interval_are_never_reached_and_never_leave_the_support(
         logits = torch.randn(1, 301, generator=generator) * 3
         logits[:, [0, 300]] = -200.0  # no mass at either end, in float32
         for sampling in (SAMPLED, TRUNCATED):
-            tokens, logprobs = sample(logits.expand(2, -1), keys, torch.full((2,), 6), sampling)
+            tokens, logprobs = sample(logits.expand(2, -1), keys, torch.full((2,), 6), sampling)[:2]
             probabilities = oracles.drawn_from(logits[0].tolist(), sampling.temperature, sampling.top_k, sampling.top_p)
             support = [token for token, p in enumerate(probabilities) if p > 1e-9]
             assert tokens.tolist()[0] == support[0] and tokens.tolist()[1] in support[-3:]
@@ -202,18 +225,40 @@ def test_draw_is_the_oracles(temperature: float, top_k: int, top_p: float) -> No
     logits = torch.randn(60, 25, generator=torch.Generator().manual_seed(1)) * 2
     logits[30:] = (logits[30:] * 2).round() / 2  # many ties
     keys, positions = torch.arange(60) * 7919 - 30, torch.arange(60) % 5
-    tokens, logprobs = sample(logits, keys, positions, sampling)
+    tokens, logprobs = sample(logits, keys, positions, sampling)[:2]
     for row, (token, logprob) in enumerate(zip(tokens.tolist(), logprobs.tolist(), strict=True)):
         probabilities = oracles.drawn_from(logits[row].tolist(), temperature, top_k, top_p)
         assert token == oracles.draw(probabilities, oracles.noise(int(keys[row]), int(positions[row]))), row
         assert logprob == pytest.approx(math.log(probabilities[token]), abs=1e-5)
 
 
+def truncated(logits: list[float], sampling: SamplingConfig) -> list[float]:
+    """The oracle's distribution, without what min-p cuts off after the rest."""
+    p = oracles.drawn_from(logits, sampling.temperature, sampling.top_k, sampling.top_p)
+    kept = [value if value >= sampling.min_p * max(p) else 0.0 for value in p]
+    return [value / sum(kept) for value in kept]
+
+
+@pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.3), (4, 1.0, 0.05), (0, 0.7, 0.6), (3, 0.9, 0.2)])
+def test_min_p_cuts_off_after_the_rest(top_k: int, top_p: float, min_p: float) -> None:
+    sampling = SamplingConfig(temperature=1.2, top_k=top_k, top_p=top_p, min_p=min_p)
+    logits = torch.randn(60, 25, generator=torch.Generator().manual_seed(2)) * 2
+    keys, positions = torch.arange(60) * 104729, torch.arange(60) % 5
+    draws = sample(logits, keys, positions, sampling)
+    assert draws.kept is not None
+    for row in range(60):
+        p = truncated(logits[row].tolist(), sampling)
+        token = oracles.draw(p, oracles.noise(int(keys[row]), int(positions[row])))
+        assert draws.tokens[row] == token
+        assert draws.logprobs[row].item() == pytest.approx(math.log(p[token]), abs=1e-5)
+        assert draws.kept[row].tolist() == [value > 0 for value in p]
+
+
 def test_draws_have_the_frequencies_of_the_truncated_distribution() -> None:
     logits = torch.tensor([[1.0, 0.0, 2.0, -1.0, 0.5, 2.0, -3.0, 0.2]])
     count = 20_000
     keys = torch.tensor([trajectory_key(str(i), 0) for i in range(count)])
-    tokens, _ = sample(logits.expand(count, -1), keys, torch.zeros_like(keys), SamplingConfig(top_p=0.9, top_k=6))
+    tokens = sample(logits.expand(count, -1), keys, torch.zeros_like(keys), SamplingConfig(top_p=0.9, top_k=6)).tokens
     expected = np.array(oracles.drawn_from(logits[0].tolist(), 1.0, 6, 0.9)) * count
     found = np.bincount(tokens.numpy(), minlength=8)
     kept = expected > 0
@@ -223,7 +268,7 @@ def test_draws_have_the_frequencies_of_the_truncated_distribution() -> None:
 
 def test_greedy_takes_the_lowest_id_among_equals_and_tells_the_plain_log_prob() -> None:
     logits = torch.tensor([[0.0, 3.0, 3.0, 1.0], [2.0, -1.0, 0.0, 2.0]])
-    tokens, logprobs = sample(logits, torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), GREEDY)
+    tokens, logprobs = sample(logits, torch.tensor([0, 0]), torch.tensor([0, 0]), GREEDY)[:2]
     assert tokens.tolist() == [1, 0]
     assert torch.allclose(logprobs, logits.log_softmax(-1)[[0, 1], [1, 0]])
 
@@ -280,7 +325,7 @@ def test_a_trajectory_does_not_depend_on_its_company(policy: DeepseekV4, monkeyp
     engine = engine_of(policy, 6)
     some = requests[2:3] + requests[9:17] + requests[30:]
     assert_same(engine.generate(some, SAMPLED, 0), [expected[request.trajectory_id] for request in some])
-    monkeypatch.setattr(rollout.engine, "PREFILL_TOKENS", 24)  # prompts are read in several calls
+    engine.prefill_tokens = 24  # prompts are read in several calls
     monkeypatch.setattr(rollout.engine, "REFILL_SHARE", 6)
     assert_same(engine.generate(requests, SAMPLED, 0), list(expected.values()))
     tokens = {tuple(t.token_ids[13:].tolist()) for t in expected.values() if t.prompt_id == "3"}
@@ -354,6 +399,138 @@ def test_work_per_token_is_tensors_over_slots(policy: DeepseekV4) -> None:
     assert counts[1] < 1.3 * counts[0]
 
 
+def cut_short(request: Request, trajectory: Trajectory, count: int, version: int) -> Request:
+    """The request as it comes back after `count` of the trajectory's tokens, drawn under `version`."""
+    start = len(request.token_ids)
+    if isinstance(trajectory, TruncatedTrajectory):
+        counts = trajectory.kept_counts[start : start + count]
+        untruncated, kept_ids = trajectory.untruncated_logprobs, trajectory.kept_ids[: counts.sum()]
+    else:
+        counts, kept_ids = np.zeros(count, np.int32), NO_SAMPLES.kept_ids
+        untruncated = trajectory.sampler_logprobs
+    return dataclasses.replace(
+        request,
+        sampled=Samples(
+            token_ids=trajectory.token_ids[start : start + count],
+            logprobs=trajectory.sampler_logprobs[start : start + count],
+            untruncated_logprobs=untruncated[start : start + count],
+            kept_counts=counts,
+            kept_ids=kept_ids,
+        ),
+        version_spans=(VersionSpan(start=start, policy_version=version),) if count else (),
+    )
+
+
+@pytest.mark.parametrize(("num_pages", "prefill_tokens"), [(4, 40), (5, 3), (6, 5), (11, 40), (None, 4)])
+def test_pages_and_chunks_change_nothing(policy: DeepseekV4, num_pages: int | None, prefill_tokens: int) -> None:
+    """A page is 8 tokens here, and the longest sequence takes all 4 pages of the smallest cache."""
+    requests = requests_of(3, (3, 0, 5, 2, 7))
+    expected = engine_of(policy, 15).generate(requests, SAMPLED, 0)
+    engine = V4Engine(
+        policy,
+        num_slots=6,
+        max_tokens=MAX_TOKENS,
+        stop_ids=[STOP],
+        seed=SEED,
+        prefill_tokens=prefill_tokens,
+        num_pages=num_pages,
+    )
+    shuffled = random.Random(prefill_tokens).sample(requests, len(requests))
+    for order in (requests, shuffled):
+        assert_same(engine.generate(order, SAMPLED, 0), expected)
+        assert engine.cache.free_pages == engine.cache.num_pages
+        assert engine.preemptions > 0 or num_pages in (11, None)
+        if num_pages is None:  # prompts are read once, wherever their samples stand in the list
+            assert engine.prefilled_tokens == sum(PROMPT_LENGTHS[index] for index in (3, 0, 5, 2, 7))
+
+
+def test_a_cache_below_one_sequence_is_refused(policy: DeepseekV4) -> None:
+    with pytest.raises(ValueError, match="num_pages=3 is too small: a sequence of 32 tokens needs 4"):
+        V4Engine(policy, num_slots=2, max_tokens=MAX_TOKENS, stop_ids=[], seed=0, num_pages=3)
+    assert pages_of(policy, 5, MAX_TOKENS, None) is None
+    fixed = policy.new_cache(6, MAX_TOKENS, 0).num_bytes()
+    page = policy.new_cache(6, MAX_TOKENS, 1).num_bytes() - fixed
+    with pytest.raises(ConfigError, match=rf"rollout.cache_bytes={fixed + 4 * page - 1} .*need {fixed} .* {4 * page} "):
+        pages_of(policy, 5, MAX_TOKENS, fixed + 4 * page - 1)
+    for pages in (4, 7, 24):
+        assert pages_of(policy, 5, MAX_TOKENS, fixed + pages * page + page // 2) == pages
+    assert pages_of(policy, 5, MAX_TOKENS, 10**12) == 24
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, TRUNCATED], ids=["sampled", "truncated"])
+def test_a_resumed_request_is_the_unbroken_one(policy: DeepseekV4, sampling: SamplingConfig) -> None:
+    requests = requests_of(2)
+    whole = engine_of(policy, 7).generate(requests, sampling, 1)
+    for seed in range(2):
+        counts = [random.Random(seed * 100 + i).randint(0, t.num_loss_tokens) for i, t in enumerate(whole)]
+        broken = [cut_short(r, t, count, 1) for r, t, count in zip(requests, whole, counts, strict=True)]
+        engine = engine_of(policy, 5)
+        assert_same(engine.generate(broken, sampling, 1), whole)
+        # Only what is missing is drawn, and only what goes on is read.
+        going = [r for r, t, n in zip(broken, whole, counts, strict=True) if n < t.num_loss_tokens]
+        prompts = {request.token_ids: len(request.token_ids) for request in going}
+        assert engine.prefilled_tokens == sum(prompts.values()) + sum(len(request.sampled) for request in going)
+        for t, request, count in zip(engine.generate(broken, sampling, 4), whole, counts, strict=True):
+            start = len(t.token_ids) - t.num_loss_tokens
+            spans = [VersionSpan(start=start, policy_version=1)] if count else []
+            if count < request.num_loss_tokens:
+                spans.append(VersionSpan(start=start + count, policy_version=4))
+            assert list(t.version_spans) == spans
+
+
+def test_a_request_may_have_a_limit_of_its_own(policy: DeepseekV4) -> None:
+    limits = (1, 3, 5, 100)
+    requests = [dataclasses.replace(r, max_new_tokens=limits[i % 4]) for i, r in enumerate(requests_of(4, (0, 3, 5)))]
+    for request, t in zip(requests, engine_of(policy, 5, ()).generate(requests, SAMPLED, 0), strict=True):
+        assert request.max_new_tokens is not None
+        assert t.num_loss_tokens == min(request.max_new_tokens, SAMPLED.max_new_tokens)
+    with pytest.raises(ValueError, match="request 0#0@test asks for 0 tokens"):
+        engine_of(policy, 5).generate([dataclasses.replace(requests[0], max_new_tokens=0)], SAMPLED, 0)
+
+
+@pytest.mark.parametrize("min_p", [0.0, 0.1])
+def test_what_truncation_kept_is_recorded(policy: DeepseekV4, min_p: float) -> None:
+    sampling = dataclasses.replace(TRUNCATED, min_p=min_p)
+    requests = requests_of(2, (1, 3, 4))
+    for t in engine_of(policy, 4).generate(requests, sampling, 0):
+        assert isinstance(t, TruncatedTrajectory)
+        start = len(t.token_ids) - t.num_loss_tokens
+        assert not t.kept_counts[:start].any() and not t.untruncated_logprobs[:start].any()
+        at = 0
+        for position in range(start, len(t.token_ids)):
+            logits = v4_logits(policy, t.token_ids[:position].tolist())
+            plain = oracles.drawn_from(logits, sampling.temperature, 0, 1.0)
+            kept = [token for token, p in enumerate(truncated(logits, sampling)) if p > 0]
+            count = int(t.kept_counts[position])
+            assert t.kept_ids[at : at + count].tolist() == kept
+            at += count
+            token = int(t.token_ids[position])
+            assert t.untruncated_logprobs[position] == pytest.approx(math.log(plain[token]), abs=1e-4)
+            replayed = plain[token] / sum(plain[i] for i in kept)
+            assert t.sampler_logprobs[position] == pytest.approx(math.log(replayed), abs=1e-4)
+        assert at == len(t.kept_ids)
+    for other in (SAMPLED, dataclasses.replace(sampling, temperature=0.0)):  # nothing is cut off
+        assert {type(t) for t in engine_of(policy, 4).generate(requests, other, 0)} == {Trajectory}
+
+
+def test_nobody_waits_for_a_long_prompt(policy: DeepseekV4, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two chunks of reading there is a decoding step, and no chunk is above the budget."""
+    sizes: list[tuple[int, int]] = []
+    extend = policy.extend
+
+    def seen(token_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        sizes.append((token_ids.shape[0], token_ids.shape[1]))
+        return extend(token_ids, *rest)
+
+    monkeypatch.setattr(policy, "extend", seen)
+    engine = V4Engine(policy, num_slots=4, max_tokens=MAX_TOKENS, stop_ids=[], seed=SEED, prefill_tokens=7)
+    long = dataclasses.replace(SAMPLED, max_new_tokens=12)
+    engine.generate(requests_of(1, (0, 1, 5)), long, 0)
+    reads = [index for index, (rows, width) in enumerate(sizes) if width > 1]
+    assert max(rows * width for rows, width in sizes) <= 7
+    assert len(reads) >= 4 and all(b - a >= 2 for a, b in itertools.pairwise(reads))
+
+
 # ---- models of the hub -----------------------------------------------------------------------------------------------
 
 
@@ -423,7 +600,8 @@ def worker_of(path: str, store: LocalStore | None = None, family: str = "deepsee
 
 
 def state_of(worker: RolloutWorker) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in named_weights(worker.policy).items()}
+    plain = {name: tensor.clone() for name, tensor in named_weights(worker.policy).items()}
+    return plain | {name: dequantize(weight.packed()) for name, weight in packed_weights(worker.policy).items()}
 
 
 def test_worker_samples_only_under_the_version_it_holds(checkpoints: tuple[str, str]) -> None:
@@ -459,15 +637,44 @@ def test_checkpoint_and_snapshot_are_the_same_policy_bit_for_bit(checkpoints: tu
         )
 
 
-def test_probe_is_the_distribution_of_the_first_token(checkpoints: tuple[str, str]) -> None:
+def test_worker_holds_its_experts_as_packed_bytes_only(checkpoints: tuple[str, str]) -> None:
+    worker = worker_of(checkpoints[0])
+    packed = packed_weights(worker.policy)
+    whole = named_weights(v4(seed=11))
+    assert packed.keys() == {name for name in whole if is_fp4_name(name, tuple(whole[name].shape), "experts")}
+    assert named_weights(worker.policy).keys() == whole.keys() - packed.keys()
+    elements = sum(whole[name].numel() for name in packed)
+    assert elements / 2 <= sum(buffer.nbytes for weight in packed.values() for buffer in weight.buffers()) < elements
+    learner = v4(seed=11, fp4="experts")
+    for version in (3, 4):
+        snapshot = snapshot_of(learner, version, "experts")
+        worker.load(snapshot)
+        for name, weight in packed.items():
+            published, held = snapshot.tensors[name], weight.packed()
+            assert isinstance(published, Fp4Tensor) and torch.equal(held.codes, published.codes)
+            assert torch.equal(held.scales, published.scales)
+            learner.get_parameter(name).data.mul_(-3.0)
+    before, name = state_of(worker), next(iter(packed))
+    plain = snapshot_of(learner, 5, "experts")
+    plain.tensors[name] = torch.zeros(packed[name].shape)
+    with pytest.raises(ValueError, match="is torch.float32, the model's is packed FP4"):
+        worker.load(plain)
+    assert all(torch.equal(tensor, before[other]) for other, tensor in state_of(worker).items())
+
+
+def test_probe_is_the_log_prob_that_sampling_records(checkpoints: tuple[str, str]) -> None:
     worker = worker_of(checkpoints[0])
     worker.load_checkpoint(checkpoints[1], 0)
-    for request, trajectory in zip(requests_of(1), worker.generate(requests_of(1), SAMPLED, 0), strict=True):
-        probe = worker.probe(request.token_ids)
-        assert probe.shape == (VOCAB,) and probe.dtype == torch.float32
-        assert probe.exp().sum().item() == pytest.approx(1.0, abs=1e-5)
-        start = len(request.token_ids)
-        assert trajectory.sampler_logprobs[start] == pytest.approx(probe[trajectory.token_ids[start]].item(), abs=1e-4)
+    produced = worker.generate(requests_of(1), SAMPLED, 0)
+    probe = worker.probe([trajectory.token_ids.tolist() for trajectory in produced])
+    assert probe.dtype == np.float32 and (probe < 0).all()
+    at = 0
+    for trajectory in produced:
+        length, start = len(trajectory.token_ids), int(trajectory.loss_mask.argmax())
+        found = probe[at + start - 1 : at + length - 1]
+        np.testing.assert_allclose(found, trajectory.sampler_logprobs[start:], rtol=0, atol=1e-4)
+        at += length - 1
+    assert at == len(probe)
 
 
 def test_a_snapshot_that_does_not_fit_changes_nothing(checkpoints: tuple[str, str]) -> None:
@@ -491,8 +698,8 @@ def test_worker_serves_models_of_the_hub(tmp_path: Path) -> None:
     requests = requests_of(1)
     produced = worker.generate(requests, SAMPLED, 0)
     assert_is_oracles(produced, requests, SAMPLED, lambda ids: hub_logits(model, ids), [STOP])
-    probe = worker.probe(requests[3].token_ids)
-    assert produced[3].sampler_logprobs[13] == pytest.approx(probe[produced[3].token_ids[13]].item(), abs=1e-4)
+    probe = worker.probe([produced[3].token_ids.tolist()])
+    np.testing.assert_allclose(probe[12:], produced[3].sampler_logprobs[13:], rtol=0, atol=1e-4)
 
 
 @pytest.fixture
@@ -559,3 +766,370 @@ def test_fewer_prompts_than_workers_and_a_new_version(fleets: Callable[[int], Fl
         fleet.generate([fleet_prompt(3)], 2, SAMPLED, version=0, tag="t")
     after = flat(fleet.generate([fleet_prompt(3)], 2, SAMPLED, version=1, tag="t"))
     assert [t.token_ids.tolist() for t in after] != [t.token_ids.tolist() for t in before]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("wal", "disk", "rollout.wal=disk is not allowed; choose one of none, process, machine"),
+        ("cache_bytes", 0, "rollout.cache_bytes=0 is too small"),
+        ("prefill_tokens", 0, "rollout.prefill_tokens=0 is too small"),
+        ("min_p", 1.0, r"rollout.sampling.min_p=1.0 is not in \[0, 1\)"),
+        ("min_p", 0.1, r"min_p=0.1 .*must be off .*stages.grpo.steps > 0"),
+    ],
+)
+def test_settings_that_are_refused(key: str, value: object, message: str) -> None:
+    config = Config(run=RunConfig(name="test"), data=DataConfig(domains={"d": DomainConfig(task="chain_sum")}))
+    check_config(config)
+    setattr(config.rollout.sampling if key == "min_p" else config.rollout, key, value)
+    with pytest.raises(ConfigError, match=message):
+        check_config(config)
+
+
+def test_the_cache_of_a_hub_model_takes_no_settings() -> None:
+    config = Config(run=RunConfig(name="test"), data=DataConfig(domains={"d": DomainConfig(task="chain_sum")}))
+    config.model = ModelConfig(family="hf", path="x", fp4="none")
+    check_config(config)
+    for key, value in (("cache_bytes", 10**9), ("prefill_tokens", 100)):
+        changed = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, **{key: value}))
+        with pytest.raises(ConfigError, match=rf"rollout.{key}={value} would be ignored: model.family=hf"):
+            check_config(changed)
+
+
+class Crooked(RolloutWorker):
+    """Loads weights of which one is off."""
+
+    def load(self, snapshot: object) -> int:
+        version = super().load(snapshot)
+        with torch.no_grad():
+            self.policy.head[7] *= 1.02
+        return version
+
+
+def test_a_publish_that_went_wrong_stops_the_run(checkpoints: tuple[str, str]) -> None:
+    model, settings = ModelConfig(path=checkpoints[0], max_tokens=MAX_TOKENS), {"stop_ids": [STOP], "seed": SEED}
+    learner = v4(seed=11, fp4="experts").eval()
+    snapshot = snapshot_of(learner, 5, "experts")
+    reference = []
+    for prompt in PROBES:
+        for end in range(1, len(prompt)):
+            logits = torch.tensor(v4_logits(learner, list(prompt[:end])))
+            reference.append(logits.log_softmax(-1)[prompt[end]].item())
+    with open_runtime(RuntimeConfig(kind="local")) as runtime:
+        workers = [
+            runtime.spawn(cls, model, RolloutConfig(), runtime.store, name=f"worker {i}", device="cpu", **settings)
+            for i, cls in enumerate((RolloutWorker, RolloutWorker, Crooked))
+        ]
+        good = Fleet(workers[:2], 60.0)
+        assert good.load(snapshot) == good.load(snapshot, np.array(reference, np.float32)) == 5
+        with pytest.raises(
+            RuntimeError, match=r"worker 0 does not hold .* from those of the learner by up to 0\.5 nats"
+        ):
+            good.load(snapshot, np.array([*reference[:-1], reference[-1] + 0.5], np.float32))
+        with pytest.raises(RuntimeError, match="worker 0 does not hold .* by up to nan nats"):
+            good.load(snapshot, np.array([*reference[:-1], math.nan], np.float32))
+        bad = Fleet(workers, 60.0)
+        with pytest.raises(RuntimeError, match="worker 2 does not hold .* differ from those of worker 0 by up to"):
+            bad.load(snapshot)
+        assert Fleet(workers, 60.0, probe_tolerance=10.0).load(snapshot) == 5
+
+
+# ---- workers that die ------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    """What stands for the end of a process that runs inside this one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    value: Any = None
+    error: Exception | None = None
+
+    def result(self, timeout_seconds: float | None = None) -> Any:
+        if self.error is not None:
+            raise self.error
+        return self.value
+
+
+class Mortal:
+    """An actor whose object may die in a call, and says so in the words of the Ray runtime."""
+
+    def __init__(self, name: str, worker: RolloutWorker) -> None:
+        self.name, self.worker, self.dead, self.methods = name, worker, False, []
+
+    def submit(self, method: str, *args: Any, **kwargs: Any) -> Outcome:
+        self.methods.append(method)
+        try:
+            if not self.dead:
+                return Outcome(value=getattr(self.worker, method)(*args, **kwargs))
+        except Killed:
+            self.dead = True
+        except Exception as error:
+            return Outcome(error=error)
+        return Outcome(error=RuntimeError(f"{self.name} died, before or during {method}: gone"))
+
+
+@dataclasses.dataclass
+class Deaths:
+    """Ends a worker at given decoding steps of its lives, and counts the tokens that were drawn."""
+
+    steps: list[int]  # of each life that ends: steps it logs before
+    manner: str  # before: the last step is not logged | after: it is | torn: part of it is
+    tokens: int = 0
+
+    def append(self, log: Log, owners: np.ndarray, *rest: Any) -> None:
+        if self.steps:
+            self.steps[0] -= 1
+        dies = bool(self.steps) and self.steps[0] < 0
+        if not dies or self.manner == "after":
+            LOG_APPEND(log, owners, *rest)
+            self.tokens += len(owners)
+        if dies:
+            del self.steps[0]
+            if self.manner == "torn":
+                with open(log.path, "ab") as file:
+                    file.write(bytes([24, 0, 0, 0, 3]))
+            raise Killed
+
+
+LOG_APPEND = Log.append
+
+
+def mortal_fleet(folder: Path, path: str, num_workers: int, wal: str = "process", log_dir: str | None = "wal") -> Fleet:
+    settings = RolloutConfig(num_slots=6, wal=wal)
+    model = ModelConfig(path=path, max_tokens=MAX_TOKENS)
+
+    def hire(index: int) -> Mortal:
+        worker = RolloutWorker(model, settings, LocalStore(), stop_ids=[STOP], seed=SEED, device="cpu")
+        return Mortal(f"rollout worker {index}", worker)
+
+    workers = [hire(index) for index in range(num_workers)]
+    return Fleet(workers, 60.0, respawn=hire, log_dir=None if log_dir is None else str(folder / log_dir))
+
+
+@pytest.mark.parametrize("manner", ["before", "after", "torn"])
+def test_a_dead_worker_is_replaced_and_no_token_is_drawn_twice(
+    checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, manner: str
+) -> None:
+    prompts = [fleet_prompt(index) for index in (3, 0, 5, 2, 6)]
+    unbroken = mortal_fleet(tmp_path / "unbroken", checkpoints[0], 2)
+    snapshot = snapshot_of(v4(seed=11), 4, "experts")
+    unbroken.load(snapshot)
+    expected = flat(unbroken.generate(prompts, 3, SAMPLED, version=4, tag="t"))
+    for _ in range(2):  # an earlier fleet and an earlier batch leave logs that have nothing to do with the next one
+        fleet = mortal_fleet(tmp_path, checkpoints[0], 2)
+        fleet.load(snapshot)
+        fleet.generate(prompts[:1], 1, SAMPLED, version=4, tag="t")
+    deaths = Deaths([2, 0, 5, 0, 3], manner)
+    monkeypatch.setattr(Log, "append", lambda log, *rest: deaths.append(log, *rest))
+    produced = flat(fleet.generate(prompts, 3, SAMPLED, version=4, tag="t"))
+    assert_same(produced, expected)
+    assert not deaths.steps and fleet.num_deaths == 5
+    assert deaths.tokens == sum(t.num_loss_tokens for t in expected)  # each was drawn and logged once
+    assert fleet.resumed_tokens > 0
+    logs = [read_log(path) for path in sorted((tmp_path / "wal").iterdir())]
+    assert [log.worker for log in logs if log] == ["rollout worker 0", "rollout worker 1"]
+    assert {log.torn_bytes for log in logs if log} == {0} and {log.run for log in logs if log} == {fleet.run}
+    assert {reason for log in logs if log for reason in log.reasons} <= {"stop", "length"}
+    # The next batch has nothing to do with it.
+    again = fleet.generate(prompts[:2], 2, SAMPLED, version=4, tag="t")
+    first = [t for t in expected if t.id in {other.id for other in flat(again)}]
+    assert_same(flat(again), first)
+
+
+def test_deaths_between_batches_and_without_a_log(
+    checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [fleet_prompt(index) for index in (3, 0, 5)]
+    fleet = mortal_fleet(tmp_path, checkpoints[0], 2, log_dir=None)
+    for worker in fleet.workers:
+        cast(Mortal, worker).dead = True  # before any weights
+    snapshot = snapshot_of(v4(seed=11), 4, "experts")
+    assert fleet.load(snapshot) == 4 and fleet.num_deaths == 2
+    expected = flat(fleet.generate(prompts, 2, SAMPLED, version=4, tag="t"))
+    cast(Mortal, fleet.workers[1]).dead = True
+    assert_same(flat(fleet.generate(prompts, 2, SAMPLED, version=4, tag="t")), expected)
+    assert cast(Mortal, fleet.workers[1]).methods == ["load", "probe", "logged_tokens", "generate"]
+    monkeypatch.setattr(RolloutWorker, "_apply", lambda *_: (_ for _ in ()).throw(Killed()))
+    cast(Mortal, fleet.workers[0]).dead = True
+    with pytest.raises(RuntimeError, match="rollout worker 0 died 4 times in a row without producing a token"):
+        fleet.generate(prompts, 2, SAMPLED, version=4, tag="t")
+    lonely = Fleet([Mortal("rollout worker 9", cast(Any, None))], 60.0)
+    cast(Mortal, lonely.workers[0]).dead = True
+    with pytest.raises(RuntimeError, match="rollout worker 9 died, before or during load: gone"):
+        lonely.load(snapshot)
+
+
+def test_a_log_of_somebody_else_stops_the_worker(
+    checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = mortal_fleet(tmp_path, checkpoints[0], 1)
+    fleet.load_checkpoint(checkpoints[0])
+    deaths = Deaths([2], "after")
+
+    def append(log: Log, *rest: Any) -> None:
+        try:
+            deaths.append(log, *rest)
+        except Killed:
+            data = bytearray(Path(log.path).read_bytes())
+            data[-3] ^= 4
+            Path(log.path).write_bytes(data)
+            raise
+
+    monkeypatch.setattr(Log, "append", append)
+    with pytest.raises(LogDamaged, match=r"rollout_worker_0\.wal: the frame at byte \d+ was changed"):
+        fleet.generate([fleet_prompt(3)], 2, SAMPLED, version=0, tag="t")
+    mine = tmp_path / "wal" / "rollout_worker_0.wal"
+    mine.write_text("a diary")
+    with pytest.raises(LogDamaged, match=r"rollout_worker_0\.wal is in the way"):
+        mortal_fleet(tmp_path, checkpoints[0], 1)
+    assert mine.read_text() == "a diary"
+
+
+def test_a_death_before_the_first_log_finds_no_older_one(checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    expected: list[Trajectory] = []
+    for life in range(2):
+        fleet = mortal_fleet(tmp_path, checkpoints[0], 1)
+        fleet.load_checkpoint(checkpoints[0])
+        cast(Mortal, fleet.workers[0]).dead = life == 1
+        produced = flat(fleet.generate([fleet_prompt(3)], 2, SAMPLED, version=0, tag="t"))
+        assert (fleet.num_deaths, fleet.resumed_tokens) == (life, 0)
+        if life:
+            assert_same(produced, expected)
+        expected = produced
+
+
+def test_hub_engine_logs_and_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = hub_model("qwen3")
+    requests = requests_of(2)
+
+    def engine() -> HubEngine:
+        return HubEngine(HubModel(model), num_slots=5, max_tokens=MAX_TOKENS, stop_ids=[STOP], seed=SEED)
+
+    for batch, sampling in enumerate((SAMPLED, TRUNCATED)):
+        expected = engine().generate(requests, sampling, 0)
+        deaths = Deaths([3, 6], "after")
+        monkeypatch.setattr(Log, "append", lambda log, *rest, d=deaths: d.append(log, *rest))
+        produced = with_deaths(
+            engine, requests, sampling, LogKey(path=f"{tmp_path}/w", run="r", worker="w", batch=batch)
+        )
+        assert_same(produced, expected)
+        assert not deaths.steps and deaths.tokens == sum(t.num_loss_tokens for t in expected)
+
+
+def with_deaths(
+    engine: Callable[[], HubEngine | V4Engine], requests: Sequence[Request], sampling: SamplingConfig, key: LogKey
+) -> list[Trajectory]:
+    """Generates through as many lives as it takes, each of which goes on from the log."""
+    while True:
+        try:
+            found = read_batch(key)
+            resumed = requests if found is None else found.resumed(requests, sampling, SEED)
+            with Log(key, resumed, sampling, policy_version=0, seed=SEED, durability="process") as log:
+                return engine().generate(resumed, sampling, 0, log)
+        except Killed:
+            continue
+
+
+def regenerated(
+    engine: Callable[[int], V4Engine], requests: Sequence[Request], sampling: SamplingConfig, key: LogKey
+) -> list[int]:
+    """Lengths from a worker that keeps what had ended when it died, and begins the rest anew with fresh noise."""
+    lengths: list[int] = []
+    for life in itertools.count():
+        try:
+            with Log(key, requests, sampling, policy_version=0, seed=SEED, durability="process") as log:
+                return lengths + [t.num_loss_tokens for t in engine(life).generate(requests, sampling, 0, log)]
+        except Killed:
+            found = read_batch(key)
+            assert found is not None
+            lengths += [len(s) for s, reason in zip(found.sampled, found.reasons, strict=True) if reason is not None]
+            requests = [r for r, reason in zip(requests, found.reasons, strict=True) if reason is None]
+    raise AssertionError
+
+
+def test_deaths_leave_the_law_of_lengths_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lengths of a policy that stops with probability 0.1 whatever it reads, under a hazard of one death in ten steps.
+
+    Kolmogorov-Smirnov at one in a thousand; the same deaths with restarts from scratch must be told apart.
+    """
+    model, count, longest, stop = v4(seed=3), 600, 24, 0.1
+    with torch.no_grad():
+        model.lm_head.weight.zero_()  # every token is as likely as any other
+    sampling = SamplingConfig(temperature=1.0, max_new_tokens=longest)
+    requests = [Request(trajectory_id=f"{i}", prompt_id="p", domain="d", token_ids=(2,)) for i in range(count)]
+    law = 1 - (1 - stop) ** np.arange(1, longest)
+
+    def engine(seed: int = 0) -> V4Engine:
+        return V4Engine(model, num_slots=64, max_tokens=MAX_TOKENS, stop_ids=range(int(stop * VOCAB)), seed=seed)
+
+    def distance(lengths: Sequence[int]) -> float:
+        assert len(lengths) == count
+        found = np.array([sum(length <= k for length in lengths) for k in range(1, longest)]) / count
+        return float(np.abs(found - law).max())
+
+    key = LogKey(path=str(tmp_path / "w.wal"), run="r", worker="w", batch=1)
+    allowed = 1.95 / math.sqrt(count)
+    for planted in (False, True):
+        steps = np.random.default_rng(1).geometric(0.1, 40).tolist()
+        deaths = Deaths(steps, "after")
+        monkeypatch.setattr(Log, "append", lambda log, *rest, d=deaths: d.append(log, *rest))
+        if planted:
+            assert distance(regenerated(engine, requests, sampling, key)) > 1.5 * allowed
+        else:
+            lengths = [t.num_loss_tokens for t in with_deaths(engine, requests, sampling, key)]
+            assert distance(lengths) < allowed
+            assert lengths == [t.num_loss_tokens for t in engine().generate(requests, sampling, 0)]
+        assert len(deaths.steps) < 36
+
+
+class Visible(RolloutWorker):
+    def process(self) -> int:
+        return os.getpid()
+
+
+@pytest.mark.ray
+def test_kill_9(ray_cluster: Runtime, checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    """A real worker is ended in the middle of a batch; what comes out is the unbroken run's."""
+    model, settings = ModelConfig(path=checkpoints[0], max_tokens=MAX_TOKENS), RolloutConfig(num_slots=6)
+    pids: list[Future] = []
+
+    def hire(index: int) -> Actor:
+        worker = ray_cluster.spawn(
+            Visible,
+            model,
+            settings,
+            ray_cluster.store,
+            stop_ids=[STOP],
+            seed=SEED,
+            device="cpu",
+            name=f"worker {index}",
+        )
+        pids.append(worker.submit("process"))
+        return worker
+
+    fleet = Fleet([hire(index) for index in range(2)], 120.0, respawn=hire, log_dir=str(tmp_path))
+    prompts = [fleet_prompt(index) for index in (3, 0, 5, 2, 6, 1)]
+    try:
+        fleet.load(ray_cluster.store.put(snapshot_of(v4(seed=11), 4, "experts")))
+        expected = flat(fleet.generate(prompts, 60, SAMPLED, version=4, tag="t"))
+        victim, path = pids[0].result(60.0), tmp_path / "worker_0.wal"
+        whole = path.stat().st_size
+        first = path.read_bytes()
+
+        def kill() -> None:
+            while path.read_bytes()[:100] == first[:100] or path.stat().st_size < 0.6 * whole:
+                time.sleep(0.002)
+            os.kill(victim, signal.SIGKILL)
+
+        killer = threading.Thread(target=kill, daemon=True)
+        killer.start()
+        produced = flat(fleet.generate(prompts, 60, SAMPLED, version=4, tag="t"))
+        killer.join(10.0)
+    finally:
+        ray_cluster.dismiss(fleet.workers)
+    assert not killer.is_alive() and fleet.num_deaths == 1 and len(pids) == 3
+    assert_same(produced, expected)
+    log = read_log(path)
+    assert log is not None and 0 < fleet.resumed_tokens < log.num_tokens

@@ -13,7 +13,7 @@ from opd.config import ConfigError, ModelConfig
 from opd.fp4 import BLOCK
 from opd.model.hub import HubModel, load_hub_model
 from opd.model.transformer import CSA, HCA, DeepseekV4, ModelOutput, check_v4_config, initialize, v4_config
-from opd.weights import load_model_config, read_tensors
+from opd.weights import MTP, load_model_config, read_tensors
 
 __all__ = ["CausalLM", "DeepseekV4", "HubModel", "ModelOutput", "load_model", "new_v4"]
 
@@ -71,17 +71,20 @@ def new_v4(model: ModelConfig, vocab_size: int, seed: int) -> DeepseekV4:
     return built
 
 
-def load_model(model: ModelConfig, path: str | None = None) -> DeepseekV4 | HubModel:
+def load_model(model: ModelConfig, path: str | None = None, *, mtp: bool = False) -> DeepseekV4 | HubModel:
     """The model of a checkpoint folder or hub id (`path`, or `model.path`) with float32 parameters.
 
-    `model.fp4` decides whether its forward rounds the routed experts to MXFP4 values. Raises ConfigError for a missing
-    or damaged checkpoint, for one of another family, and for weights that do not fit its own config.
+    `model.fp4` decides which weights its forward rounds to MXFP4 values. The checkpoint's block for
+    multi-token prediction comes along if `mtp` asks for it: only a learner has a use for it. Where config.json promises
+    a block that the files lack, which is what transformers writes, the model has none and a warning says so.
+    Raises ConfigError for a missing or damaged checkpoint, for one of another family, and for weights that do not fit
+    its own config.
     """
     source = path or model.path
     if not source:
         raise ConfigError("model.path is null; name the folder or hub id of a checkpoint")
     if model.family == "hf":
-        return load_hub_model(source, model.revision)
+        return load_hub_model(source, model.revision, fp4=model.fp4)
     config = load_model_config(source, model.revision)
     if not isinstance(config, DeepseekV4Config):
         raise ConfigError(
@@ -89,8 +92,15 @@ def load_model(model: ModelConfig, path: str | None = None) -> DeepseekV4 | HubM
         )
     check_v4_config(config)
     _check_fp4_widths(config, model)
+    mtp = mtp and config.num_nextn_predict_layers > 0
+    tensors = read_tensors(source, model.revision, mtp=mtp)
+    if mtp and not any(name.startswith(MTP) for name in tensors):
+        log.warning(
+            "%s: config.json asks for multi-token prediction, but no tensor is its block's; trained without", source
+        )
+        mtp = False
+    config.num_nextn_predict_layers = int(mtp)
     built = DeepseekV4(config, model.fp4, model.fp4_index)
-    tensors = read_tensors(source, model.revision)
     wanted = {name: tensor.shape for name, tensor in built.state_dict().items()}
     for name, shape in wanted.items():
         if name not in tensors:

@@ -4,8 +4,7 @@ The one idea: the training loop asks a model for hidden states and an output hea
 wrapped is "last hidden state in, head beside it". A model whose logits are more than `head @ hidden` (soft-capped or
 scaled logits, a bias) would be distilled wrongly and in silence, so loading probes for that and refuses by name.
 
-Left out: FP4 (only our own model's experts are fake-quantised) and the expert balance loss. Decoding uses transformers'
-own cache.
+Left out: the expert balance loss. Decoding uses transformers' own cache.
 """
 
 from __future__ import annotations
@@ -18,6 +17,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Cache
 
 from opd.config import ConfigError
+from opd.fp4 import fake_quantize_linears
 from opd.model.transformer import ModelOutput
 from opd.weights import load_model_config, resolve_checkpoint
 
@@ -79,11 +79,13 @@ class HubModel(nn.Module):
         """Does nothing: a published model's router has no selection bias of ours."""
 
 
-def load_hub_model(path: str, revision: str | None = None) -> HubModel:
+def load_hub_model(path: str, revision: str | None = None, *, fp4: str = "none") -> HubModel:
     """Loads a folder or hub id in FP32, in evaluation mode, without running code from the checkpoint.
 
+    With `fp4`, `ModelConfig.fp4`, "linears" its forward rounds the layers' large matrices to MXFP4 values.
     Raises ConfigError for what `resolve_checkpoint` refuses, for quantised or incomplete weights, for an architecture
-    that transformers does not know, and for a model whose logits are not its head times its last hidden state.
+    that transformers does not know, and for a model whose logits are not its head times its last hidden state, or
+    whose matrices "linears" cannot round.
     """
     folder = resolve_checkpoint(path, revision)
     config = load_model_config(folder)
@@ -99,6 +101,11 @@ def load_hub_model(path: str, revision: str | None = None) -> HubModel:
     if absent := sorted(loading["missing_keys"]):
         raise ConfigError(f"{path} lacks {len(absent)} of its model's tensors, first {absent[0]!r}")
     _refuse_unless_logits_are_head_times_hidden(path, inner)
+    if fp4 == "linears":
+        try:
+            fake_quantize_linears(inner)
+        except ValueError as error:
+            raise ConfigError(f"{path}: {error}; set model.fp4=none") from None
     return HubModel(inner)
 
 

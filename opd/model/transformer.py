@@ -2,9 +2,10 @@
 
 Configuration class and parameter names are those of transformers' `DeepseekV4ForCausalLM`, so weights go both ways
 untouched. The trunk ends in hidden states; logits are the business of whoever holds the head (losses in tiles, the
-rollout engine for the last position only).
+rollout engine for the last position only). The block that predicts one token further runs on demand, over whole
+sequences only: it is trained, and nothing here samples with it.
 
-Left out: multi-token prediction and a paged cache.
+Left out: one layer's inside (`block`) and what the cache holds (`cache`).
 """
 
 from __future__ import annotations
@@ -21,13 +22,14 @@ from transformers import DeepseekV4Config
 
 from opd.config import ConfigError
 from opd.fp4 import BLOCK
-from opd.model.attention import Attention, Compressor, Indexer, Indexing
+from opd.model.attention import Compressor, Indexing
+from opd.model.block import CSA, HCA, Block
+from opd.model.block import WINDOW_ONLY as WINDOW_ONLY  # the three are known under this module
 from opd.model.cache import Cache, CompressorState, Extension, LayerCache, Layout, RowFormat, page_size
-from opd.model.hyper_connection import HyperConnection, HyperHead
+from opd.model.hyper_connection import HyperHead
 from opd.model.layers import RMSNorm, rope_frequencies, rope_rotation
-from opd.model.moe import SCORING, Experts, MoE, Router, SharedExpert, balance_statistics
-
-CSA, HCA, WINDOW_ONLY = "compressed_sparse_attention", "heavily_compressed_attention", "sliding_attention"
+from opd.model.moe import SCORING, balance_statistics, replayed_experts
+from opd.model.mtp import MtpBlock
 
 SIZES = (
     *("vocab_size", "hidden_size", "moe_intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim"),
@@ -53,9 +55,13 @@ class ModelOutput:
 
     hidden: Tensor  # [B, T, D], after the final norm: the input of the head
     balance_loss: Tensor  # 0-dim, sum over sequences of V4's sequence-wise balance loss, mean over score-routed layers
-    expert_load: Tensor  # int64 [L, E], real tokens sent to each expert of each score-routed layer; [0, 0] if dense
+    # int64 [L, E], real tokens sent to each expert of each score-routed layer, the MTP block's last if it ran; [0, 0]
+    # if dense
+    expert_load: Tensor
     index_loss: Tensor | None = None  # 0-dim, sum over sequences of the indexers' loss, mean over CSA layers; if asked
     index_recall: Tensor | None = None  # [2]: sum and number of the recalls that `IndexReport` describes; if asked
+    mtp_hidden: Tensor | None = None  # [B, T, D]: index t predicts token t + 2, and means nothing from length - 1 on
+    routing: Tensor | None = None  # int16 [B, T, L, K]: ids of the experts chosen by each score-routed layer; if asked
 
 
 def v4_config(fields: dict[str, Any]) -> DeepseekV4Config:
@@ -102,6 +108,9 @@ def check_v4_config(published: DeepseekV4Config) -> None:
         refuse("num_experts_per_tok", config.num_experts_per_tok, f"there are {config.n_routed_experts} experts")
     if config.scoring_func not in SCORING:
         refuse("scoring_func", config.scoring_func, f"choose one of {', '.join(SCORING)}")
+    if config.num_nextn_predict_layers not in (0, 1):
+        why = "multi-token prediction has depth 1 in V4; choose 1, or 0 for none"
+        refuse("num_nextn_predict_layers", config.num_nextn_predict_layers, why)
     for kind in (CSA, HCA):
         ratio = config.compress_rates.get(kind)
         if kind in config.layer_types and not (isinstance(ratio, int) and 1 <= ratio <= config.sliding_window):
@@ -124,76 +133,27 @@ def check_v4_config(published: DeepseekV4Config) -> None:
             refuse(f"{prefix}.attention_factor", parameters.get("attention_factor"), "V4 has it fixed at 1.0")
 
 
-class Block(nn.Module):
-    """Attention and MoE, each between its own norm and its own hyper-connection."""
-
-    def __init__(self, config: Any, index: int, quantized: bool) -> None:
-        super().__init__()
-        hidden, eps = config.hidden_size, config.rms_norm_eps
-        self.self_attn = Attention(
-            hidden_size=hidden,
-            heads=config.num_attention_heads,
-            head_dim=config.head_dim,
-            query_rank=config.q_lora_rank,
-            groups=config.o_groups,
-            group_rank=config.o_lora_rank,
-            window=config.sliding_window,
-            eps=eps,
-            compressor=_compressor(config, config.layer_types[index]),
-        )
-        self.mlp = MoE(
-            Router(
-                config.n_routed_experts,
-                config.num_experts_per_tok,
-                hidden,
-                config.scoring_func,
-                config.routed_scaling_factor,
-                config.vocab_size if config.mlp_layer_types[index] == "hash_moe" else None,
-            ),
-            Experts(
-                config.n_routed_experts, hidden, config.moe_intermediate_size, config.swiglu_limit, quantized=quantized
-            ),
-            SharedExpert(hidden, config.moe_intermediate_size, config.swiglu_limit),
-        )
-        self.input_layernorm = RMSNorm(hidden, eps)
-        self.post_attention_layernorm = RMSNorm(hidden, eps)
-        self.attn_hc, self.ffn_hc = (
-            HyperConnection(config.hc_mult, hidden, config.hc_sinkhorn_iters, config.hc_eps, eps) for _ in range(2)
-        )
-
-    def mix_experts(self, streams: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The MoE half: streams [n, B T, D] after it, affinities [B T, E], expert ids [B T, K]."""
-        collapsed, post, residual = self.ffn_hc.collapse(streams)
-        out, scores, chosen = self.mlp(self.post_attention_layernorm(collapsed), token_ids.flatten())
-        return self.ffn_hc.expand(streams, out, post, residual), scores, chosen
-
-
-def _compressor(config: Any, kind: str) -> Compressor | None:
-    if kind == WINDOW_ONLY:
-        return None
-    hidden, eps, ratio = config.hidden_size, config.rms_norm_eps, config.compress_rates[kind]
-    compressor = Compressor(hidden, config.head_dim, ratio, overlap=kind == CSA, eps=eps)
-    if kind == CSA:
-        compressor.indexer = Indexer(
-            hidden, config.q_lora_rank, config.index_n_heads, config.index_head_dim, ratio, config.index_topk, eps
-        )
-    return compressor
-
-
 class Trunk(nn.Module):
     """Everything below the head; a module of its own for the published names (`model.layers...`)."""
 
     def __init__(self, config: Any, quantized: bool) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, index, quantized) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(
+            Block(config, kind, mlp_kind == "hash_moe", quantized)
+            for kind, mlp_kind in zip(config.layer_types, config.mlp_layer_types, strict=True)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.hc_head = HyperHead(config.hc_mult, config.hidden_size, config.hc_eps, config.rms_norm_eps)
 
 
 class DeepseekV4(nn.Module):
     """The student. `fp4` is the model config's choice of weights that are used as MXFP4 values: experts or none;
-    `fp4_index` puts the indexer's queries and keys through a Hadamard rotation and MXFP4."""
+    `fp4_index` puts the indexer's queries and keys through a Hadamard rotation and MXFP4.
+
+    With `num_nextn_predict_layers` = 1 there is a block for multi-token prediction, `mtp[0]`, under the released
+    checkpoint's prefix, which transformers leaves unread. It owns neither embedding nor head.
+    """
 
     main_frequencies: Tensor
     compress_frequencies: Tensor
@@ -206,6 +166,7 @@ class DeepseekV4(nn.Module):
             if (indexer := getattr(block.self_attn.compressor, "indexer", None)) is not None:
                 indexer.quantized = fp4_index
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.mtp = nn.ModuleList(MtpBlock(config, fp4 == "experts") for _ in range(config.num_nextn_predict_layers))
         rope_dim = self.config.qk_rope_head_dim
         for kind in ("main", "compress"):
             frequencies = rope_frequencies(self.config.rope_parameters[kind], rope_dim)
@@ -220,18 +181,42 @@ class DeepseekV4(nn.Module):
     def blocks(self) -> list[Block]:
         return [cast(Block, block) for block in self.model.layers]
 
-    def forward(self, token_ids: Tensor, lengths: Tensor, indexing: Indexing = "off") -> ModelOutput:
+    @property
+    def routing_shape(self) -> tuple[int, int]:
+        """(L, K) of a token's recorded expert ids: layers of the trunk with learned routing, experts per token."""
+        return sum(not block.mlp.gate.is_hash for block in self.blocks), self.config.num_experts_per_tok
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        lengths: Tensor,
+        indexing: Indexing = "off",
+        *,
+        mtp: bool = False,
+        routing: Tensor | None = None,
+        record_routing: bool = False,
+    ) -> ModelOutput:
         """Whole sequences: int64 [B, T] right-padded with any valid id, int64 [B]. Padding never reaches real tokens.
 
         `indexing` also trains the indexers of CSA layers (see `Attention.forward`); the two index fields of the result
-        stay None when no sequence has more blocks than an indexer picks.
-        Raises ValueError when T exceeds the configured context.
+        stay None when no sequence has more blocks than an indexer picks. `mtp` also runs the block that predicts one
+        token further. `routing`, integers [B, T, L, K], are experts to use again in the trunk's learned layers (see
+        `replayed_experts`), and `record_routing` reports the ones that were used.
+        Raises ValueError when T exceeds the configured context, for `mtp` without such a block, and for a `routing`
+        that does not fit.
         """
         length = token_ids.shape[1]
         if length > self.config.max_position_embeddings:
             raise ValueError(f"{length} tokens exceed max_position_embeddings={self.config.max_position_embeddings}")
+        if mtp and not self.mtp:
+            raise ValueError("mtp=True: this model has no such block; num_nextn_predict_layers=1 makes one")
         positions = torch.arange(length, device=token_ids.device)
         real = positions < lengths[:, None]
+        given = record = None
+        if routing is not None:
+            given = replayed_experts(routing, real, self.routing_shape, self.config.n_routed_experts)
+        if record_routing:
+            record = self.new_routing(*token_ids.shape)
         rotations = self._rotations(positions[None])
         streams = self._embed(token_ids)
         balance, load, reports = [], [], []
@@ -243,13 +228,25 @@ class DeepseekV4(nn.Module):
             if report is not None:
                 reports.append(report)
             streams = block.attn_hc.expand(streams, mixed.flatten(0, 1), post, residual)
-            streams, scores, chosen = block.mix_experts(streams, token_ids)
-            if not block.mlp.gate.is_hash:
+            if block.mlp.gate.is_hash:
+                streams, _, _ = block.mix_experts(streams, token_ids)
+            else:
+                layer = len(load)  # among those with learned routing
+                streams, scores, chosen = block.mix_experts(streams, token_ids, given[layer] if given else None)
+                if record is not None:
+                    record[:, :, layer] = chosen.view(*token_ids.shape, -1)
                 layer_balance, layer_load = balance_statistics(scores, chosen, real)
                 balance.append(layer_balance)
                 load.append(layer_load)
         hidden = self.model.norm(self.model.hc_head(streams)).view(*token_ids.shape, -1)
-        output = ModelOutput(hidden, hidden.new_zeros(()), torch.zeros(0, 0, dtype=torch.int64))
+        output = ModelOutput(hidden, hidden.new_zeros(()), torch.zeros(0, 0, dtype=torch.int64), routing=record)
+        if mtp:
+            ahead = cast(MtpBlock, self.mtp[0])
+            next_ids = token_ids.roll(-1, 1)  # what follows a row's last token is any id, and nothing before it sees it
+            output.mtp_hidden, scores, chosen = ahead(streams, next_ids, self.model.embed_tokens, *rotations[False])
+            layer_balance, layer_load = balance_statistics(scores, chosen, positions + 1 < lengths[:, None])
+            balance.append(layer_balance)
+            load.append(layer_load)
         if load:
             output.balance_loss, output.expert_load = torch.stack(balance).mean(), torch.stack(load)
         if reports:
@@ -257,21 +254,26 @@ class DeepseekV4(nn.Module):
             output.index_recall = torch.stack([report.recall for report in reports]).sum(0)
         return output
 
-    def extend(self, token_ids: Tensor, cache: Cache, at: Extension) -> Tensor:
+    def extend(self, token_ids: Tensor, cache: Cache, at: Extension, record: Tensor | None = None) -> Tensor:
         """New tokens of cached sequences: int64 [B, T] right-padded -> hidden [B, T, D]; the cache moves on.
 
         Rows may stand at different positions and bring different numbers of tokens. Any split of a sequence into calls
-        gives the same hidden states to rounding.
+        gives the same hidden states to rounding. `record`, as `new_routing(B, T)` makes it, is filled with the ids of
+        the experts that were chosen.
         """
         rotations = self._rotations(at.positions)
         streams = self._embed(token_ids)
+        layer = 0  # of `record`
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             rotation, frequencies = rotations[block.self_attn.compressor is not None]
             collapsed, post, residual = block.attn_hc.collapse(streams)
             h = block.input_layernorm(collapsed).view(*token_ids.shape, -1)
             mixed = block.self_attn.extend(h, rotation, frequencies, layer_cache, at).flatten(0, 1)
             streams = block.attn_hc.expand(streams, mixed, post, residual)
-            streams, _, _ = block.mix_experts(streams, token_ids)
+            streams, _, chosen = block.mix_experts(streams, token_ids)
+            if record is not None and not block.mlp.gate.is_hash:
+                record[:, :, layer] = chosen.view(*token_ids.shape, -1)
+                layer += 1
         return self.model.norm(self.model.hc_head(streams)).view(*token_ids.shape, -1)
 
     def new_cache(
@@ -318,10 +320,20 @@ class DeepseekV4(nn.Module):
             )
         return cache
 
+    def new_routing(self, num_rows: int, num_tokens: int) -> Tensor:
+        """Room for the expert ids of these many tokens, int16 [B, T, L, K] on the parameters' device."""
+        shape = (num_rows, num_tokens, *self.routing_shape)
+        return torch.empty(shape, dtype=torch.int16, device=self.lm_head.weight.device)
+
     @torch.no_grad()
     def update_selection_bias(self, load: Tensor, speed: float) -> None:
-        """Auxiliary-loss-free balancing: experts above the mean load [L, E] become `speed` less likely to be chosen."""
+        """Auxiliary-loss-free balancing: experts above the mean load [L, E] become `speed` less likely to be chosen.
+
+        `load` is that of `ModelOutput`, with the MTP block's row or without.
+        """
         routers = [block.mlp.gate for block in self.blocks if not block.mlp.gate.is_hash]
+        if len(load) == len(routers) + 1:
+            routers += [cast(MtpBlock, block).mlp.gate for block in self.mtp]
         for router, counts in zip(routers, load.to(self.lm_head.weight.device, torch.float32), strict=True):
             router.e_score_correction_bias += speed * torch.sign(counts.mean() - counts)
 
@@ -344,17 +356,15 @@ def initialize(model: DeepseekV4, seed: int) -> None:
     unit RMS whatever the width; the two matrices that write to the residual streams (o_b_proj, down_proj) are smaller
     by sqrt(2 L), and embedding and head have deviation 1 and 1 / sqrt(D). Hyper-connections start with alpha 0.01 and
     an identity-leaning residual matrix (+2 on its diagonal); hash tables hold K distinct experts per token id.
+    The multi-token-prediction block draws from a seed of its own, so the trunk is the same with it and without.
     """
     config = model.config
-    generator = torch.Generator().manual_seed(seed)
+    generator, mtp_generator = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed + 1)
     residual_scale = (2 * config.num_hidden_layers) ** -0.5
     n = config.hc_mult
 
-    def normal(tensor: Tensor, deviation: float) -> None:
-        tensor.copy_(torch.randn(tensor.shape, generator=generator) * deviation)
-
     for name, parameter in model.named_parameters():
-        leaf = name.rsplit(".", 1)[-1]
+        leaf, source = name.rsplit(".", 1)[-1], mtp_generator if name.startswith("mtp.") else generator
         if leaf == "scale" or leaf == "hc_scale":
             parameter.fill_(0.01)
         elif leaf == "base":
@@ -365,10 +375,11 @@ def initialize(model: DeepseekV4, seed: int) -> None:
         elif "norm" in name and parameter.ndim == 1:
             parameter.fill_(1.0)
         elif name == "model.embed_tokens.weight":
-            normal(parameter, 1.0)
+            parameter.copy_(torch.randn(parameter.shape, generator=source))
         else:
             residual = leaf == "down_proj" or "down_proj" in name or "o_b_proj" in name
-            normal(parameter, parameter.shape[-1] ** -0.5 * (residual_scale if residual else 1.0))
+            deviation = parameter.shape[-1] ** -0.5 * (residual_scale if residual else 1.0)
+            parameter.copy_(torch.randn(parameter.shape, generator=source) * deviation)
     for name, buffer in model.named_buffers():
         if name.endswith("tid2eid"):
             order = torch.rand(buffer.shape[0], config.n_routed_experts, generator=generator).argsort(-1)

@@ -1,0 +1,405 @@
+"""The write-ahead log of one worker's batch of requests: what was asked, every token as it was drawn, what has ended.
+
+A file is a magic number and a chain of frames. The first frame says whose batch it is, the second what was asked;
+then each decoding step appends one frame with the tokens of all active requests, and one for those that ended in it.
+Every frame carries the CRC-32 of itself and of all frames before it, so a flipped bit, a frame of another file or one
+out of place is found where it stands. A file that ends in the middle of a frame was cut there: that frame is dropped,
+and all before it hold.
+
+    magic (8 bytes), then frames of: length of payload u32, kind u8, CRC-32 of these five bytes u32,
+                                     payload, CRC-32 chained over the whole file's heads and payloads u32
+
+Two policies decide what a logged token survives. "process": it is handed to the operating system before it counts, and
+outlives the worker, however it dies. "machine": it is on the disk before it counts, and outlives a power failure; that
+costs one flush of the disk per decoding step, which `scripts/bench rollout` measures. Numbers are little-endian.
+
+Left out: who writes when (`engine`) and who reads when (`worker`). A log is of one batch; the next batch replaces it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+
+from opd.config import SamplingConfig
+from opd.types import FinishReason, VersionSpan
+from rollout.request import NO_SAMPLES, Request, Samples, by_owner, concatenate
+
+MAGIC = b"OPDWAL1\n"
+HEAD, CHECK = struct.Struct("<IBI"), struct.Struct("<I")
+IDENTITY, REQUESTS, TOKENS, TRUNCATED_TOKENS, ENDS = range(1, 6)
+REASONS: tuple[FinishReason, ...] = ("stop", "length")
+
+Durability = Literal["process", "machine"]
+
+
+class LogDamaged(ValueError):
+    """A log that cannot be used; the message names the file, the place in it and what is wrong."""
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class LogKey:
+    """Which batch a log is of, and where it lies."""
+
+    path: str
+    run: str  # one sampler's life: no two of them share it, in the same folder or not
+    worker: str
+    batch: int  # counts the sampler's calls
+
+
+@dataclass(slots=True, kw_only=True, frozen=True)
+class LoggedBatch:
+    """What a log holds. `sampled[i]` and `reasons[i]` belong to `requests[i]`, which come without their tokens."""
+
+    run: str
+    worker: str
+    batch: int
+    policy_version: int  # tokens of this log were drawn under it, but those that requests came with
+    seed: int
+    sampling: dict[str, Any]
+    requests: tuple[Request, ...]
+    sampled: tuple[Samples, ...]
+    reasons: tuple[FinishReason | None, ...]  # None: unfinished
+    torn_bytes: int  # at the end of the file, dropped
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.sampled))
+
+    def resumed(self, requests: Sequence[Request], sampling: SamplingConfig, seed: int) -> list[Request]:
+        """The requests with what the log has of each. Raises LogDamaged for one that was logged with another prompt,
+        and for a batch that was sampled in another way."""
+        if (asked := (dataclasses.asdict(sampling), seed)) != (self.sampling, self.seed):
+            raise LogDamaged(
+                f"batch {self.batch} of {self.worker!r} was logged with (sampling, seed) = "
+                f"{(self.sampling, self.seed)}, not {asked}"
+            )
+        logged = {request.trajectory_id: index for index, request in enumerate(self.requests)}
+        resumed = []
+        for request in requests:
+            index = logged.get(request.trajectory_id)
+            if index is None:
+                resumed.append(request)
+                continue
+            if self.requests[index].token_ids != request.token_ids:
+                raise LogDamaged(f"request {request.trajectory_id} was logged with another prompt")
+            spans, before = self.requests[index].version_spans, len(self.requests[index].sampled)
+            if len(self.sampled[index]) > before and not (spans and spans[-1].policy_version == self.policy_version):
+                start = len(request.token_ids) + before
+                spans = (*spans, VersionSpan(start=start, policy_version=self.policy_version))
+            resumed.append(dataclasses.replace(request, sampled=self.sampled[index], version_spans=spans))
+        return resumed
+
+
+class Log:
+    """The log of a batch, open for writing. A call returns when the record is as durable as the policy asks."""
+
+    def __init__(
+        self,
+        key: LogKey,
+        requests: Sequence[Request],
+        sampling: SamplingConfig,
+        *,
+        policy_version: int,
+        seed: int,
+        durability: Durability,
+    ) -> None:
+        """Begins the log with the requests and what they come with, in place of whatever log is at `key.path`.
+
+        An earlier log stays until the new one is complete. Raises LogDamaged for a file there that is no log of ours,
+        which is left alone, and RuntimeError when the disk is full.
+        """
+        self.path, self.durability = key.path, durability
+        self._descriptor, self._size, self._check, self._num_tokens = -1, 0, 0, 0
+        _refuse_foreign(key.path)
+        os.makedirs(os.path.dirname(os.path.abspath(key.path)), exist_ok=True)
+        identity = {
+            "run": key.run,
+            "worker": key.worker,
+            "batch": key.batch,
+            "policy_version": policy_version,
+            "seed": seed,
+            "sampling": dataclasses.asdict(sampling),
+        }
+        unfinished = f"{key.path}.unfinished"
+        self._descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        try:
+            self._write(MAGIC + self._frame(IDENTITY, json.dumps(identity).encode()))
+            self._append([self._frame(REQUESTS, _described(requests))], sum(len(r.sampled) for r in requests))
+            os.replace(unfinished, key.path)
+        except BaseException:
+            self.close()
+            os.unlink(unfinished)
+            raise
+        if durability == "machine":
+            _flush_folder(key.path)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def append(self, owners: np.ndarray, samples: Samples, ended: np.ndarray, stopped: np.ndarray) -> None:
+        """One decoding step. Request owners[i] (its place among the requests) drew samples[i]; the requests at
+        ended (integers [m]) are complete, by a stop token where `stopped` (bool [m]) says so, else by their limit.
+
+        Raises RuntimeError naming the file when the disk is full; the log then ends with the step before.
+        """
+        frames = [self._frame(*_columns(owners, samples))]
+        if len(ended):
+            reasons = np.where(stopped, REASONS.index("stop"), REASONS.index("length")).astype(np.uint8)
+            frames.append(self._frame(ENDS, _bytes(ended, "<i4") + reasons.tobytes()))
+        self._append(frames, len(samples))
+
+    def close(self) -> None:
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def _frame(self, kind: int, payload: bytes) -> bytes:
+        head = struct.pack("<IB", len(payload), kind)
+        head += CHECK.pack(zlib.crc32(head))
+        self._check = zlib.crc32(payload, zlib.crc32(head, self._check))
+        return head + payload + CHECK.pack(self._check)
+
+    def _append(self, frames: list[bytes], num_tokens: int) -> None:
+        self._write(b"".join(frames))
+        self._num_tokens += num_tokens
+        if self.durability == "machine":
+            os.fdatasync(self._descriptor)
+
+    def _write(self, record: bytes) -> None:
+        rest = memoryview(record)
+        try:
+            while len(rest):  # a disk that fills up takes a part first
+                rest = rest[os.write(self._descriptor, rest) :]
+        except OSError as error:
+            os.ftruncate(self._descriptor, self._size)
+            raise RuntimeError(
+                f"{self.path} cannot grow beyond {self._size} bytes: {error.strerror}. It holds the {self._num_tokens} "
+                "tokens sampled so far in this batch, and none is lost; make room on that disk"
+            ) from error
+        self._size += len(record)
+
+
+def log_complete(log: Log | None, reasons: Mapping[int, FinishReason]) -> None:
+    """Says of requests that came complete that they are."""
+    if log is not None and reasons:
+        stopped = np.array([reason == "stop" for reason in reasons.values()])
+        log.append(np.empty(0, np.int64), NO_SAMPLES, np.array(list(reasons)), stopped)
+
+
+def read_log(path: str | Path) -> LoggedBatch | None:
+    """What a log holds, its torn tail left out; None for one that was cut before it said what was asked.
+
+    Raises LogDamaged for a file that is no log and for one in which something was changed, FileNotFoundError for none.
+    """
+    data = Path(path).read_bytes()
+    if not data.startswith(MAGIC):
+        if MAGIC.startswith(data):
+            return None
+        raise LogDamaged(f"{path} is not a write-ahead log of this program's: it begins with {data[:8]!r}")
+    frames, torn_bytes = _frames(data, path)
+    kinds = [kind for _, kind, _ in frames]
+    if kinds[:2] != [IDENTITY, REQUESTS][: len(kinds)]:
+        raise LogDamaged(f"{path}: its first frames are of the kinds {kinds[:2]}; {[IDENTITY, REQUESTS]} are expected")
+    if len(frames) < 2:
+        return None
+    identity = _json(frames[0][2], path, frames[0][0])
+    requests = _requests(frames[1][2], path)
+    owners = [np.repeat(np.arange(len(requests)), [len(request.sampled) for request in requests])]
+    steps = [request.sampled for request in requests]
+    reasons: list[FinishReason | None] = [None] * len(requests)
+    for place, kind, payload in frames[2:]:
+        if kind in (TOKENS, TRUNCATED_TOKENS):
+            owner, samples = _samples(kind, payload, path, place)
+            owners.append(owner)
+            steps.append(samples)
+        elif kind == ENDS and len(payload) % 5 == 0:
+            owner = np.frombuffer(payload, "<i4", len(payload) // 5)
+        else:
+            raise LogDamaged(f"{path}: the frame at byte {place} is of the unknown kind {kind}, or not of its size")
+        if len(owner) and not 0 <= owner.min() <= owner.max() < len(requests):
+            raise LogDamaged(f"{path}: the frame at byte {place} names a request that was never asked")
+        if kind == ENDS:
+            for index, reason in zip(owner.tolist(), payload[4 * len(owner) :], strict=True):
+                reasons[index] = REASONS[reason]
+    return LoggedBatch(
+        **identity,
+        requests=tuple(requests),
+        sampled=tuple(by_owner(np.concatenate(owners), concatenate(steps), len(requests))),
+        reasons=tuple(reasons),
+        torn_bytes=torn_bytes,
+    )
+
+
+def read_batch(key: LogKey) -> LoggedBatch | None:
+    """The log of just this batch; None where there is none yet, or the one of an earlier batch of the same worker.
+
+    Raises LogDamaged for a log of another run or worker, and as `read_log` does.
+    """
+    try:
+        found = read_log(key.path)
+    except FileNotFoundError:
+        return None
+    if found is None or (found.run, found.worker, found.batch) == (key.run, key.worker, key.batch):
+        return found
+    if (found.run, found.worker) == (key.run, key.worker) and found.batch < key.batch:
+        return None
+    raise LogDamaged(
+        f"{key.path} is the log of batch {found.batch} of {found.worker!r} in run {found.run!r}, not of batch "
+        f"{key.batch} of {key.worker!r} in run {key.run!r}"
+    )
+
+
+def _frames(data: bytes, path: str | Path) -> tuple[list[tuple[int, int, bytes]], int]:
+    """(place in the file, kind, payload) of the complete frames, and the bytes of the incomplete one after them."""
+    frames, at, check = [], len(MAGIC), 0
+    while at < len(data):
+        # A machine that went down may have left a length without the bytes: zeros to the end are a torn frame too.
+        if at + HEAD.size > len(data) or not any(data[at:]):
+            break
+        length, kind, head_check = HEAD.unpack_from(data, at)
+        if zlib.crc32(data[at : at + 5]) != head_check:
+            raise LogDamaged(f"{path}: the head of the frame at byte {at} was changed (its checksum is wrong)")
+        begin, end = at + HEAD.size, at + HEAD.size + length
+        if end + CHECK.size > len(data):
+            break
+        payload = data[begin:end]
+        check = zlib.crc32(payload, zlib.crc32(data[at:begin], check))
+        if CHECK.unpack_from(data, end)[0] != check:
+            if not any(data[end : end + CHECK.size]) and not any(data[end:]):
+                break
+            raise LogDamaged(
+                f"{path}: the frame at byte {at} was changed, or belongs to another log (its checksum is wrong)"
+            )
+        frames.append((at, kind, payload))
+        at = end + CHECK.size
+    return frames, len(data) - at
+
+
+def _described(requests: Sequence[Request]) -> bytes:
+    """JSON for the words, one line, then the arrays: lengths of prompts, columns of what the requests come with."""
+    words = [
+        [
+            request.trajectory_id,
+            request.prompt_id,
+            request.domain,
+            request.max_new_tokens,
+            [[span.start, span.policy_version] for span in request.version_spans],
+        ]
+        for request in requests
+    ]
+    owners = np.repeat(np.arange(len(requests)), [len(request.sampled) for request in requests])
+    kind, columns = _columns(owners, concatenate([request.sampled for request in requests]))
+    prompts = np.concatenate([np.empty(0, np.int32), *(np.asarray(request.token_ids) for request in requests)])
+    sizes = np.array([len(request.token_ids) for request in requests], dtype=np.int32)
+    text = json.dumps(words).encode() + b"\n"
+    return text + bytes([kind]) + _bytes(sizes, "<i4") + _bytes(prompts, "<i4") + columns
+
+
+def _requests(payload: bytes, path: str | Path) -> list[Request]:
+    text, _, arrays = payload.partition(b"\n")
+    words = _json(text, path, len(MAGIC))
+    sizes = np.frombuffer(arrays, "<i4", len(words), 1)
+    prompts = np.frombuffer(arrays, "<i4", int(sizes.sum()), 1 + 4 * len(words))
+    rest = arrays[1 + 4 * (len(words) + len(prompts)) :]
+    owners, samples = _samples(arrays[0], rest, path, len(MAGIC))
+    sampled = by_owner(owners, samples, len(words))
+    return [
+        Request(
+            trajectory_id=trajectory_id,
+            prompt_id=prompt_id,
+            domain=domain,
+            token_ids=tuple(prompt.tolist()),
+            max_new_tokens=max_new_tokens,
+            sampled=own,
+            version_spans=tuple(VersionSpan(start=start, policy_version=version) for start, version in spans),
+        )
+        for (trajectory_id, prompt_id, domain, max_new_tokens, spans), prompt, own in zip(
+            words, np.split(prompts, sizes.cumsum()[:-1]) if len(words) else [], sampled, strict=True
+        )
+    ]
+
+
+def _columns(owners: np.ndarray, samples: Samples) -> tuple[int, bytes]:
+    """(kind, payload) of drawn tokens: 12 bytes each; with truncation 20, and 4 for every id that was kept."""
+    columns = [_bytes(owners, "<i4"), _bytes(samples.token_ids, "<i4"), _bytes(samples.logprobs, "<f4")]
+    if not samples.kept_counts.any():
+        return TOKENS, b"".join(columns)
+    columns += [_bytes(samples.untruncated_logprobs, "<f4"), _bytes(samples.kept_counts, "<i4")]
+    count = CHECK.pack(len(samples))  # what remains after the columns are kept ids
+    return TRUNCATED_TOKENS, b"".join((count, *columns, _bytes(samples.kept_ids, "<i4")))
+
+
+def _samples(kind: int, payload: bytes, path: str | Path, place: int) -> tuple[np.ndarray, Samples]:
+    """(owners [S], the samples) of a payload that `_columns` made."""
+    try:
+        if kind == TOKENS:
+            owners, token_ids, logprobs = np.frombuffer(payload, "<i4").reshape(3, -1)
+            logprobs = logprobs.view("<f4")
+            samples = Samples(
+                token_ids=token_ids,
+                logprobs=logprobs,
+                untruncated_logprobs=logprobs,
+                kept_counts=np.zeros(len(owners), np.int32),
+                kept_ids=NO_SAMPLES.kept_ids,
+            )
+            return owners, samples
+        (count,) = CHECK.unpack_from(payload)
+        columns = np.frombuffer(payload, "<i4", 5 * count, CHECK.size).reshape(5, count)
+        samples = Samples(
+            token_ids=columns[1],
+            logprobs=columns[2].view("<f4"),
+            untruncated_logprobs=columns[3].view("<f4"),
+            kept_counts=columns[4],
+            kept_ids=np.frombuffer(payload, "<i4", int(columns[4].sum()), CHECK.size + 20 * count),
+        )
+        return columns[0], samples
+    except (ValueError, struct.error) as error:
+        raise LogDamaged(f"{path}: the frame at byte {place} does not hold what its kind {kind} says") from error
+
+
+def _bytes(values: np.ndarray, dtype: str) -> bytes:
+    return values.astype(dtype, copy=False).tobytes()
+
+
+def _json(payload: bytes, path: str | Path, place: int) -> Any:
+    try:
+        return cast(Any, json.loads(payload))
+    except ValueError as error:
+        raise LogDamaged(f"{path}: the frame at byte {place} is not the JSON it should be") from error
+
+
+def remove_log(path: str) -> None:
+    """Removes a log, if there is one. Raises LogDamaged for a file that is no log of ours, which is left alone."""
+    _refuse_foreign(path)
+    Path(path).unlink(missing_ok=True)
+
+
+def _refuse_foreign(path: str) -> None:
+    try:
+        with open(path, "rb") as file:
+            begin = file.read(len(MAGIC))
+    except FileNotFoundError:
+        return
+    if not MAGIC.startswith(begin):
+        raise LogDamaged(f"{path} is in the way: it is not a write-ahead log of this program's, and is left alone")
+
+
+def _flush_folder(path: str) -> None:
+    folder = os.open(os.path.dirname(os.path.abspath(path)), os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
