@@ -182,9 +182,9 @@ class Fp4Experts(nn.Module):
     matrix_scales: Tensor
 
     def __init__(self, tensor: Fp4Tensor | NvFp4Tensor) -> None:
-        """Raises ValueError for a tensor of other dimensions, and as `load` does."""
+        """Raises ValueError for a tensor of other dimensions or without elements, and as `load` does."""
         super().__init__()
-        if len(tensor.shape) not in (2, 3):
+        if len(tensor.shape) not in (2, 3) or 0 in tensor.shape:
             raise ValueError(f"packed weights have shape {tuple(tensor.shape)}; expected [experts,] outputs, inputs")
         self.shape = tuple(tensor.shape)
         self.is_nv = isinstance(tensor, NvFp4Tensor)

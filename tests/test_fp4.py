@@ -479,6 +479,9 @@ def test_packed_modules_refuse() -> None:
         experts(torch.zeros(5, 64, requires_grad=True), (5, 0))
     with pytest.raises(ValueError, match="expected outputs, inputs"):
         Fp4Linear(tensor)
+    for shape in ((32,), (3, 0, 32), (3, 0)):
+        with pytest.raises(ValueError, match=r"expected \[experts,\] outputs, inputs"):
+            Fp4Experts(quantize(torch.zeros(shape)))
     assert same_bits(dequantize(experts.packed()), dequantize(tensor))
 
 

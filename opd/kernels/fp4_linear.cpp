@@ -44,6 +44,12 @@ constexpr int64_t MIN_WORK = 1 << 20;  // products below which a second thread c
 
 constexpr float E2M1[16] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
 
+// The same values as bfloat16, twice: vpermw reads 5 bits of an index, the last of which belongs to the next code.
+alignas(64) constexpr uint16_t E2M1_BF16[32] = {
+    0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80,
+    0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0, 0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
+    0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
+
 enum class Path { plain, avx2, avx512, avx512_bf16 };
 
 // One tile times NB rows: codes, scales, rows interleaved as [K][NB] (bfloat16: [K / 2][NB] pairs), blocks of K,
@@ -237,10 +243,7 @@ AVX512_BF16 void tile_avx512_bf16(
     const uint8_t* codes, const uint8_t* scales, const void* x_, int64_t num_blocks, float* out) {
   constexpr int UNROLL = unroll_of(NB), BYTES = GROUPS * GROUP_BYTES, PAIRS = GROUPS * GROUP / 2;
   const uint32_t* x = static_cast<const uint32_t*>(x_);
-  // vpermw reads 5 bits of an index, the last of which belongs to the next code: the table is there twice.
-  alignas(64) uint16_t entries[32];
-  for (int i = 0; i < 32; ++i) entries[i] = c10::BFloat16(E2M1[i % 16]).x;
-  const __m512i table = _mm512_load_si512(entries);
+  const __m512i table = _mm512_load_si512(E2M1_BF16);
   __m512 total[NB];
 #pragma GCC unroll 16
   for (int n = 0; n < NB; ++n) total[n] = _mm512_setzero_ps();
@@ -344,7 +347,7 @@ at::Tensor fp4_linear(
   TORCH_CHECK_VALUE(codes.dim() == 5 && codes.is_contiguous() && codes.scalar_type() == at::kByte, "bad codes");
   TORCH_CHECK_VALUE(scales.dim() == 4 && scales.is_contiguous() && scales.scalar_type() == at::kByte, "bad scales");
   const int64_t num_rows = x.size(0), width = x.size(1), num_tiles = codes.size(1), num_blocks = scales.size(2);
-  TORCH_CHECK_VALUE(codes.size(2) * GROUP == width && codes.size(3) == LANES && codes.size(4) == 4,
+  TORCH_CHECK_VALUE(width > 0 && codes.size(2) * GROUP == width && codes.size(3) == LANES && codes.size(4) == 4,
                     "x has ", width, " inputs, the codes ", codes.size(2) * GROUP);
   TORCH_CHECK_VALUE(scales.size(0) == codes.size(0) && scales.size(1) == num_tiles && scales.size(3) == LANES &&
                         (num_blocks * 32 == width || num_blocks * 16 == width),
