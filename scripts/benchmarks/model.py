@@ -17,6 +17,7 @@ are fresh ones throughout: time and memory hardly depend on what a model has lea
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import sys
 from collections.abc import Callable
@@ -53,7 +54,9 @@ CONTEXTS = (4096, 131072)
 DECODED_ROWS = 4
 LONGEST = 1 << 20
 REPEATS = 5
+LONG_REPEATS = 3  # of what takes long, and so varies less
 SEED = 0
+M_MMAP_THRESHOLD = -3  # of malloc.h
 
 
 def main(argv: list[str]) -> int:
@@ -92,8 +95,8 @@ def main(argv: list[str]) -> int:
 class Trial:
     """One network (OPD or one of EXPERTS) and the random tokens of its step.
 
-    `prepare` builds both and takes a short step, `step` is what is measured. The two are sent to another process in one
-    message and so share the object there.
+    `prepare` builds both and takes a short step, `step` is what is measured. Two methods that are sent to another
+    process in one message share the object there.
     """
 
     model: ModelConfig
@@ -113,6 +116,12 @@ class Trial:
         self.network, self.tokens = network.to(self.device).train(), tokens.to(self.device)
         train_step(self.network, self.tokens[:, :WARM_UP_TOKENS])
 
+    def prepare_to_be_weighed(self) -> None:
+        """`prepare`, with freed tensors given back to the system at once: glibc would keep those of the short step for
+        the measured one, where nobody would see them."""
+        ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
+        self.prepare()
+
     def step(self) -> None:
         assert self.network is not None
         train_step(self.network, self.tokens)
@@ -120,7 +129,7 @@ class Trial:
             torch.cuda.synchronize()
 
 
-def twin(student: DeepseekV4, experts: str) -> DeepseekV4ForCausalLM:
+def twin(student: DeepseekV4, experts: str) -> nn.Module:
     """transformers' class with the student's weights."""
     config = copy.deepcopy(student.config)
     theirs = DeepseekV4ForCausalLM._from_config(config, attn_implementation="eager", experts_implementation=experts)
@@ -181,7 +190,7 @@ def memory_figures(model: ModelConfig, vocab_size: int) -> list[Figure]:
 
     def peak(name: str, length: int) -> int:
         trial = Trial(model=model, vocab_size=vocab_size, name=name, rows=1, length=length)
-        return peak_memory(trial.step, trial.prepare)
+        return peak_memory(trial.step, trial.prepare_to_be_weighed)
 
     theirs = {length: peak("eager", length) for length in RUNNABLE}
     ours = {length: peak(OPD, length) for length in (RUNNABLE[-1], LONG)}
@@ -218,7 +227,7 @@ def growth_figures(model: ModelConfig, vocab_size: int) -> list[Figure]:
     trials = [Trial(model=model, vocab_size=vocab_size, name=OPD, rows=1, length=length) for length in GROWTH]
     for trial in trials:
         trial.prepare()
-    seconds = interleaved({str(trial.length): trial.step for trial in trials}, REPEATS)
+    seconds = interleaved({str(trial.length): trial.step for trial in trials}, LONG_REPEATS)
     short, long = ([value / length for value in seconds[str(length)]] for length in GROWTH)
     growth = _ratio(long, short)
     return [
@@ -252,8 +261,8 @@ class Decoder:
             at = self.cache.extension(slots, [position] * self.rows, ones)
             logits = F.linear(self.student.extend(token_ids, self.cache, at)[:, -1], self.student.head)
             token_ids = logits.argmax(-1, keepdim=True)
-        if not logits.isfinite().all():
-            raise ArithmeticError(f"logits at a context of {self.context} tokens are not finite")
+            if not logits.isfinite().all():
+                raise ArithmeticError(f"logits at position {position} are not finite")
 
 
 @torch.inference_mode()
@@ -279,7 +288,7 @@ def decoding_figures(student: DeepseekV4) -> list[Figure]:
     seconds = interleaved({str(decoder.context): decoder.run for decoder in decoders}, REPEATS)
     short, long = ([value / DECODED for value in seconds[str(context)]] for context in CONTEXTS)
     longest = Decoder(student=student, rows=1, context=LONGEST, layout="packed")
-    (longest_seconds,) = interleaved({"longest": longest.run}, 2).values()
+    (longest_seconds,) = interleaved({"longest": longest.run}, LONG_REPEATS).values()
     measured = longest.cache.num_bytes()
     formula = cache_bytes(student.config, LONGEST, "packed", allocated=True).total
     growth, gap = _ratio(long, short), measured - formula
