@@ -170,7 +170,7 @@ LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 @KINDS
 def test_linears_are_trained_and_sampled_as_the_same_fp4_values(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    shape = SHAPE | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    shape: dict[str, Any] = SHAPE | {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
     match kind:
         case "qwen3":
             original: PreTrainedModel = Qwen3ForCausalLM(Qwen3Config(**shape, tie_word_embeddings=False))

@@ -917,10 +917,15 @@ def test_a_dead_worker_is_replaced_and_no_token_is_drawn_twice(
     snapshot = snapshot_of(v4(seed=11), 4, "experts")
     unbroken.load(snapshot)
     expected = flat(unbroken.generate(prompts, 3, SAMPLED, version=4, tag="t"))
-    for _ in range(2):  # an earlier fleet and an earlier batch leave logs that have nothing to do with the next one
+
+    def used_fleet() -> Fleet:
         fleet = mortal_fleet(tmp_path, checkpoints[0], 2)
         fleet.load(snapshot)
         fleet.generate(prompts[:1], 1, SAMPLED, version=4, tag="t")
+        return fleet
+
+    used_fleet()  # an earlier fleet and an earlier batch leave logs that have nothing to do with the next one
+    fleet = used_fleet()
     deaths = Deaths([2, 0, 5, 0, 3], manner)
     monkeypatch.setattr(Log, "append", lambda log, *rest: deaths.append(log, *rest))
     produced = flat(fleet.generate(prompts, 3, SAMPLED, version=4, tag="t"))

@@ -94,7 +94,8 @@ def paths() -> tuple[str, ...]:
     """
     try:
         library = _library()
-        _operators.load_library(str(library))
+        if not hasattr(_operators.opd, "fp4_linear"):  # whoever built it has it loaded; twice would end the process
+            _operators.load_library(str(library))
         found = tuple(_operators.opd.fp4_paths())
     except (OSError, RuntimeError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
@@ -133,10 +134,9 @@ def _compile(folder: str) -> Path:
     """Builds in `folder` and leaves the library loaded. Raises RuntimeError with the compiler's own first complaint."""
     from torch.utils import cpp_extension  # takes a while, and is for building only
 
-    name = "opd_fp4_linear"
     try:
         cpp_extension.load(
-            name,
+            "opd_fp4_linear",
             [str(SOURCE)],
             extra_cflags=list(FLAGS),
             build_directory=folder,
@@ -147,7 +147,7 @@ def _compile(folder: str) -> Path:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         complaint = next((line for line in lines if "error:" in line or "not found" in line), lines[0] if lines else "")
         raise RuntimeError(f"compiling {SOURCE.name} failed: {complaint or type(error).__name__}") from error
-    return Path(folder) / f"{name}.so"
+    return next(Path(folder).glob("*.so"))
 
 
 @contextlib.contextmanager

@@ -56,7 +56,7 @@ enum class Path { plain, avx2, avx512, avx512_bf16 };
 // output [NB][16].
 using TileKernel = void (*)(const uint8_t*, const uint8_t*, const void*, int64_t, float*);
 
-// How far ahead of their use codes are asked for: memory's latency times a core's bandwidth, and the processor's own
+// How far ahead of their use codes are asked for: memory's latency times a core's bandwidth. The processor's own
 // prefetcher stops at every page.
 constexpr int AHEAD = 4096;
 
@@ -139,6 +139,11 @@ AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, const void* x_,
   }
 }
 
+// One or two rows take codes as fast as memory gives them: those go to L2, for what waits on its way to L1 takes up the
+// few slots that loads need too, and a third of the bandwidth with them. With more rows there is time, and L1 is nearer.
+template <int NB>
+constexpr _mm_hint PREFETCH = NB <= 2 ? _MM_HINT_T1 : _MM_HINT_T0;
+
 // The scales of a block of all 16 features.
 template <int GROUPS>
 AVX512 __attribute__((always_inline)) inline __m512 scales_avx512(const uint8_t* bytes) {
@@ -162,7 +167,7 @@ AVX512 __attribute__((always_inline)) inline void blocks_avx512(
     for (int u = 0; u < UNROLL; ++u) {
       const int at = u * GROUPS + group;
       const __m512i raw = _mm512_loadu_si512(codes + at * GROUP_BYTES);
-      _mm_prefetch(reinterpret_cast<const char*>(codes + at * GROUP_BYTES + AHEAD), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + at * GROUP_BYTES + AHEAD), PREFETCH<NB>);
 #pragma GCC unroll 8
       for (int p = 0; p < GROUP; ++p) {
         const __m512 weight = _mm512_permutexvar_ps(_mm512_srli_epi32(raw, 4 * p), table);  // reads the low 4 bits
@@ -176,7 +181,7 @@ AVX512 __attribute__((always_inline)) inline void blocks_avx512(
 #pragma GCC unroll 4
   for (int u = 0; u < UNROLL; ++u) {
     const __m512 scale = scales_avx512<GROUPS>(scales + u * LANES);
-    if (u == 0) _mm_prefetch(reinterpret_cast<const char*>(scales + AHEAD / GROUP_BYTES / GROUPS * LANES), _MM_HINT_T0);
+    if (u == 0) _mm_prefetch(reinterpret_cast<const char*>(scales + AHEAD / GROUP_BYTES / GROUPS * LANES), PREFETCH<NB>);
 #pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) total[n] = _mm512_fmadd_ps(sum[u][n], scale, total[n]);
   }
@@ -217,10 +222,17 @@ AVX512_BF16 __attribute__((always_inline)) inline void blocks_avx512_bf16(
     for (int u = 0; u < UNROLL; ++u) {
       const int at = u * GROUPS + group;
       const __m512i raw = _mm512_loadu_si512(codes + at * GROUP_BYTES);
-      _mm_prefetch(reinterpret_cast<const char*>(codes + at * GROUP_BYTES + AHEAD), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(codes + at * GROUP_BYTES + AHEAD), PREFETCH<NB>);
 #pragma GCC unroll 4
       for (int p = 0; p < GROUP / 2; ++p) {
-        const __m512i weight = _mm512_permutexvar_epi16(_mm512_srli_epi16(raw, 4 * p), table);
+        __m512i index = _mm512_srli_epi16(raw, 4 * p);
+        if constexpr (NB == 1) {
+          // Here decoding is what takes the time, and loading from one byte on is a shift by 8 that shares no unit with
+          // it. The last byte is masked, for it may be beyond the tensor; no index needs it.
+          if (p >= 2) index = _mm512_maskz_loadu_epi8(~(1ULL << 63), codes + at * GROUP_BYTES + 1);
+          if (p == 3) index = _mm512_srli_epi16(index, 4);
+        }
+        const __m512i weight = _mm512_permutexvar_epi16(index, table);
 #pragma GCC unroll 16
         for (int n = 0; n < NB; ++n) {
           const __m512i pair = _mm512_set1_epi32(x[(at * (GROUP / 2) + p) * NB + n]);
@@ -232,7 +244,7 @@ AVX512_BF16 __attribute__((always_inline)) inline void blocks_avx512_bf16(
 #pragma GCC unroll 4
   for (int u = 0; u < UNROLL; ++u) {
     const __m512 scale = scales_avx512<GROUPS>(scales + u * LANES);
-    if (u == 0) _mm_prefetch(reinterpret_cast<const char*>(scales + AHEAD / GROUP_BYTES / GROUPS * LANES), _MM_HINT_T0);
+    if (u == 0) _mm_prefetch(reinterpret_cast<const char*>(scales + AHEAD / GROUP_BYTES / GROUPS * LANES), PREFETCH<NB>);
 #pragma GCC unroll 16
     for (int n = 0; n < NB; ++n) total[n] = _mm512_fmadd_ps(sum[u][n], scale, total[n]);
   }
