@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from opd.kernels import cpu
+from opd.kernels import cpu, fused
 from opd.types import Fp4Tensor
 
 BLOCK = 32  # inputs that share a scale in MXFP4
@@ -120,6 +120,8 @@ def dequantize(tensor: Fp4Tensor | NvFp4Tensor, dtype: torch.dtype = torch.float
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, kind: Format) -> Tensor:
+        if kind == "mxfp4" and weight.dtype == torch.float32 and fused.usable(weight):
+            return fused.mxfp4_values(weight)
         if kind == "mxfp4":
             elements, scale_bytes = _round_to_grid(weight.float())
             scales = _power_of_two(scale_bytes)

@@ -64,9 +64,9 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The MoE half: streams [n, B T, D] after it, affinities [B T, E], expert ids [B T, K]; `given` as in
         `Router.forward`."""
-        collapsed, post, residual = self.ffn_hc.collapse(streams)
-        out, scores, chosen = self.mlp(self.post_attention_layernorm(collapsed), token_ids.flatten(), given)
-        return self.ffn_hc.expand(streams, out, post, residual), scores, chosen
+        site = self.ffn_hc.collapse(streams)
+        out, scores, chosen = self.mlp(self.post_attention_layernorm(site.hidden), token_ids.flatten(), given)
+        return self.ffn_hc.expand(site, out), scores, chosen
 
 
 def _compressor(config: Any, kind: str) -> Compressor | None:

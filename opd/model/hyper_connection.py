@@ -3,15 +3,19 @@
 V4 report 2.2; mHC paper (arXiv 2512.24880) equations 10 to 19. Streams are the first dimension and tokens the last one
 of every coefficient, [n, N, D] and [n, N]: what is done for each token then runs along long rows. As matrix products of
 4 by 4 per token, or as forty recorded normalisations, the same arithmetic would take most of a small model's time; so
-mixing, weighted sum and Sinkhorn projection are one autograd function each.
+mixing, weighted sum and Sinkhorn projection are one autograd function each, and four streams in float32 on a CPU go
+through compiled loops (`opd.kernels.fused`).
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from opd.kernels import fused
 
 
 class _Sinkhorn(torch.autograd.Function):
@@ -98,6 +102,15 @@ class _Mix(torch.autograd.Function):
         return grad_streams, grad_output, torch.linalg.vecdot(grad, output[None]), grad_residual
 
 
+class Site(NamedTuple):
+    """What a block is given, and what its output is joined with."""
+
+    hidden: Tensor  # [N, D], the block's input
+    streams: Tensor  # [n, N, D], as they were
+    post: Tensor  # [n, N], how much of the output each stream takes
+    residual: Tensor  # [n, n, N] (from, to)
+
+
 class HyperConnection(nn.Module):
     """One site's mappings: collapse n streams into the block's input, expand its output, mix the streams.
 
@@ -114,9 +127,14 @@ class HyperConnection(nn.Module):
         self.base = nn.Parameter(torch.empty(rows))
         self.scale = nn.Parameter(torch.empty(3))
 
-    def collapse(self, streams_nND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """[n, N, D] -> block input [N, D], expansion weights [n, N], residual matrix [n, n, N] (from, to)."""
-        n = self.streams
+    def collapse(self, streams_nND: Tensor) -> Site:
+        """The block's input and the coefficients of this site, from streams [n, N, D]."""
+        n, dtype = self.streams, streams_nND.dtype
+        if n == fused.STREAMS and fused.usable(streams_nND) and self.fn.dtype == dtype:
+            streams, hidden, post, residual = fused.collapse(
+                streams_nND, self.fn, self.base, self.scale, self.norm_eps, self.hc_eps, self.iterations
+            )
+            return Site(hidden, streams, post, residual)
         mix = stream_mix(streams_nND, self.fn, self.norm_eps)
         pre, post, residual = mix.split([n, n, n * n])
         pre_base, post_base, residual_base = self.base.to(mix.dtype)[:, None].split([n, n, n * n])
@@ -126,12 +144,14 @@ class HyperConnection(nn.Module):
         residual = sinkhorn(
             torch.addcmul(residual_base, residual, scale[2]).unflatten(0, (n, n)), self.iterations, self.hc_eps
         )
-        dtype = streams_nND.dtype
-        return weighted_sum(pre, streams_nND), post.to(dtype), residual.to(dtype)
+        return Site(weighted_sum(pre, streams_nND), streams_nND, post.to(dtype), residual.to(dtype))
 
-    def expand(self, streams_nND: Tensor, output_ND: Tensor, post_nN: Tensor, residual_nnN: Tensor) -> Tensor:
+    def expand(self, site: Site, output_ND: Tensor) -> Tensor:
         """The streams after the block: X'_k = post_k * y + sum_j residual[j, k] X_j."""
-        return _Mix.apply(streams_nND, output_ND, post_nN, residual_nnN)
+        n, dtype = self.streams, site.streams.dtype
+        if n == fused.STREAMS and fused.usable(site.streams) and output_ND.dtype == site.post.dtype == dtype:
+            return fused.expand(site.streams, output_ND, site.post, site.residual)
+        return _Mix.apply(site.streams, output_ND, site.post, site.residual)
 
 
 class HyperHead(nn.Module):
@@ -146,6 +166,12 @@ class HyperHead(nn.Module):
 
     def forward(self, streams_nND: Tensor) -> Tensor:
         """[n, N, D] -> [N, D]."""
+        n = len(streams_nND)
+        if n == fused.STREAMS and fused.usable(streams_nND) and self.hc_fn.dtype == streams_nND.dtype:
+            # The same loop, with nothing in the rows of post and residual.
+            rest = n + n * n
+            fn, base = F.pad(self.hc_fn, (0, 0, 0, rest)), F.pad(self.hc_base, (0, rest))
+            return fused.collapse(streams_nND, fn, base, F.pad(self.hc_scale, (0, 2)), self.norm_eps, self.hc_eps, 1)[1]
         mix = stream_mix(streams_nND, self.hc_fn, self.norm_eps)
         pre = torch.sigmoid(mix * self.hc_scale.to(mix.dtype) + self.hc_base.to(mix.dtype)[:, None]) + self.hc_eps
         return weighted_sum(pre, streams_nND)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from opd.kernels import fused
+
 
 class _RmsNorm(torch.autograd.Function):
     """x / sqrt(mean(x^2) + eps), times a weight if there is one. Recorded as one node: the chain of small ops that
@@ -38,6 +40,8 @@ class _RmsNorm(torch.autograd.Function):
 
 
 def _normalize(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    if fused.usable(x) and (weight is None or weight.dtype == x.dtype):
+        return fused.norm_turn(x, weight, None, eps)
     wide = x if x.dtype in (torch.float32, torch.float64) else x.float()
     return _RmsNorm.apply(wide, None if weight is None else weight.to(wide.dtype), eps).to(x.dtype)
 
@@ -57,6 +61,15 @@ class RMSNorm(nn.Module):
 def unit_rms(x: Tensor, eps: float) -> Tensor:
     """RMS norm without a weight (query heads; V4 report 2.3.3)."""
     return _normalize(x, None, eps)
+
+
+def norm_rotate(x: Tensor, weight: Tensor | None, eps: float, rotation: Tensor) -> Tensor:
+    """RMS norm, with a weight or without, then `rotate`."""
+    if fused.usable(x) and (weight is None or weight.dtype == x.dtype):
+        turns = fused.turns_of(x, rotation)
+        if turns is not None:
+            return fused.norm_turn(x, weight, turns, eps)
+    return rotate(_normalize(x, weight, eps), rotation)
 
 
 def rope_frequencies(parameters: dict[str, Any], rope_dim: int) -> Tensor:
@@ -95,6 +108,9 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
 
     `rotation` broadcasts against x[..., : rope_dim / 2]. Conjugate it to rotate back (the output's inverse RoPE).
     """
+    turns = fused.turns_of(x, rotation) if fused.usable(x) else None
+    if turns is not None:
+        return fused.norm_turn(x, None, turns, None)
     rope_dim = 2 * rotation.shape[-1]
     if x.dtype == torch.float64:
         rotation = rotation.to(torch.complex128)
@@ -164,6 +180,13 @@ class GroupedLinear(nn.Linear):
         return out.transpose(0, 1).reshape(*input.shape[:-2], self.out_features)
 
 
-def swiglu(gate: Tensor, up: Tensor, limit: float) -> Tensor:
-    """silu(min(gate, limit)) * clamp(up, -limit, limit); clamped entries get no gradient (V4 report 4.2.3)."""
+def swiglu(gate: Tensor, up: Tensor | None, limit: float) -> Tensor:
+    """silu(min(gate, limit)) * clamp(up, -limit, limit); clamped entries get no gradient (V4 report 4.2.3).
+
+    Without `up` the first half of gate's last dimension is the gate and the second half is up.
+    """
+    if fused.usable(gate) and (up is None or up.dtype == gate.dtype):
+        return fused.swiglu(gate, up, limit)
+    if up is None:
+        gate, up = gate.chunk(2, -1)
     return F.silu(gate.clamp(max=limit)) * up.clamp(-limit, limit)

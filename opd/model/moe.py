@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opd.fp4 import Fp4Experts, fake_quantize
+from opd.kernels import fused
 from opd.model.hyper_connection import weighted_sum
 from opd.model.layers import linear_by_segment, swiglu
 
@@ -90,13 +91,17 @@ class Experts(nn.Module):
         tokens, k = chosen_NK.shape
         order = torch.argsort(chosen_NK.flatten(), stable=True)
         sizes = tuple(torch.bincount(chosen_NK.flatten(), minlength=self.gate_up_proj.shape[0]).tolist())
-        hidden = self._linear(self.gate_up_proj, x_ND[order // k], sizes)
-        gate, up = hidden.chunk(2, -1)
-        hidden = swiglu(gate, up, self.limit)
-        out = self._linear(self.down_proj, hidden, sizes)
         back = torch.empty_like(order)
         back[order] = torch.arange(tokens * k, device=order.device)
-        return weighted_sum(weights_NK.t(), out[back.view(tokens, k).t()])
+        back = back.view(tokens, k)
+        is_fused = fused.usable(x_ND) and weights_NK.dtype == x_ND.dtype
+        rows = fused.dispatch(x_ND, order // k, back) if is_fused else x_ND[order // k]
+        out = self._linear(
+            self.down_proj, swiglu(self._linear(self.gate_up_proj, rows, sizes), None, self.limit), sizes
+        )
+        if is_fused:
+            return fused.combine(out, weights_NK, back)
+        return weighted_sum(weights_NK.t(), out[back.t()])
 
     def _linear(self, weight: nn.Parameter | Fp4Experts, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """x, rows sorted by expert, times the transposed weight of each row's expert."""

@@ -44,8 +44,8 @@ class MtpBlock(Block):
         """
         ahead = self.e_proj(self.enorm(embed(next_ids_BT.flatten())))
         streams = ahead + self.h_proj(self.hnorm(streams_nND))
-        collapsed, post, residual = self.attn_hc.collapse(streams)
-        mixed, _ = self.self_attn(self.input_layernorm(collapsed).view(*next_ids_BT.shape, -1), rotation, frequencies)
-        streams = self.attn_hc.expand(streams, mixed.flatten(0, 1), post, residual)
+        site = self.attn_hc.collapse(streams)
+        mixed, _ = self.self_attn(self.input_layernorm(site.hidden).view(*next_ids_BT.shape, -1), rotation, frequencies)
+        streams = self.attn_hc.expand(site, mixed.flatten(0, 1))
         streams, scores, chosen = self.mix_experts(streams, next_ids_BT)
         return self.norm(self.hc_head(streams)).view(*next_ids_BT.shape, -1), scores, chosen

@@ -222,12 +222,12 @@ class DeepseekV4(nn.Module):
         balance, load, reports = [], [], []
         for block in self.blocks:
             rotation, frequencies = rotations[block.self_attn.compressor is not None]
-            collapsed, post, residual = block.attn_hc.collapse(streams)
-            h = block.input_layernorm(collapsed).view(*token_ids.shape, -1)
+            site = block.attn_hc.collapse(streams)
+            h = block.input_layernorm(site.hidden).view(*token_ids.shape, -1)
             mixed, report = block.self_attn(h, rotation, frequencies, lengths, indexing)
             if report is not None:
                 reports.append(report)
-            streams = block.attn_hc.expand(streams, mixed.flatten(0, 1), post, residual)
+            streams = block.attn_hc.expand(site, mixed.flatten(0, 1))
             if block.mlp.gate.is_hash:
                 streams, _, _ = block.mix_experts(streams, token_ids)
             else:
@@ -266,10 +266,10 @@ class DeepseekV4(nn.Module):
         layer = 0  # of `record`
         for block, layer_cache in zip(self.blocks, cache.layers, strict=True):
             rotation, frequencies = rotations[block.self_attn.compressor is not None]
-            collapsed, post, residual = block.attn_hc.collapse(streams)
-            h = block.input_layernorm(collapsed).view(*token_ids.shape, -1)
+            site = block.attn_hc.collapse(streams)
+            h = block.input_layernorm(site.hidden).view(*token_ids.shape, -1)
             mixed = block.self_attn.extend(h, rotation, frequencies, layer_cache, at).flatten(0, 1)
-            streams = block.attn_hc.expand(streams, mixed, post, residual)
+            streams = block.attn_hc.expand(site, mixed)
             streams, _, chosen = block.mix_experts(streams, token_ids)
             if record is not None and not block.mlp.gate.is_hash:
                 record[:, :, layer] = chosen.view(*token_ids.shape, -1)

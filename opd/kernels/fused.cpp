@@ -1,0 +1,416 @@
+// What the model does between its matrix products, on the CPU: hyper-connections, norms with RoPE, SwiGLU, and the way
+// to and from rows sorted by expert. Each is one pass over memory where a chain of tensor operations takes many.
+//
+// Forward and backward of each are operators without autograd; opd/kernels/fused.py joins them. The loops are in
+// fused_kernels.h, compiled for AVX-512, AVX2 and plain vectors; the best that the processor has is taken at run time.
+// float and double; every tensor is contiguous, and what fused.py passes has been checked there.
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/zeros.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <optional>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+constexpr int TOKENS = 16;               // in lanes together, whatever the vectors
+constexpr int64_t GRAIN = 1 << 15;       // numbers below which a second thread costs more than it saves
+constexpr int64_t WEIGHT_ROWS = 512;     // whose part of a norm weight's gradient is summed before the rest
+
+template <typename T>
+struct CollapseArguments {
+  const T *streams, *fn_t, *base, *scale;
+  T *collapsed, *post, *residual, *mix, *inverse;
+  int64_t tokens, width, padded;
+  T norm_eps, hc_eps;
+  int iterations;
+};
+
+template <typename T>
+struct CollapseGradients {
+  const T *streams, *fn, *base, *scale, *mix, *inverse, *grad_collapsed, *grad_post, *grad_residual;
+  T *grad_streams, *grad_products, *grad_logits;
+  int64_t tokens, width;
+  T hc_eps;
+  int iterations;
+};
+
+template <typename T>
+struct ExpandArguments {
+  const T *streams, *output, *post, *residual;
+  T* mixed;
+  int64_t tokens, width;
+};
+
+template <typename T>
+struct ExpandGradients {
+  const T *streams, *output, *post, *residual, *grad;
+  T *grad_streams, *grad_output, *grad_post, *grad_residual;
+  int64_t tokens, width;
+};
+
+// inverse null: no norm. turns [turn_rows, pairs] complex; row r takes turn r / heads % turn_rows.
+template <typename T>
+struct NormArguments {
+  const T *x, *weight, *turns;
+  T *y, *inverse;
+  int64_t width, heads, turn_rows, pairs;
+  T eps, direction;
+};
+
+template <typename T>
+struct NormGradients {
+  const T *x, *weight, *turns, *inverse, *grad;
+  T* grad_x;
+  int64_t width, heads, turn_rows, pairs;
+  T direction;
+};
+
+template <typename T>
+struct SwigluArguments {
+  const T *gate, *up;
+  T* out;
+  int64_t width, stride;
+  T limit;
+};
+
+template <typename T>
+struct SwigluGradients {
+  const T *gate, *up, *grad;
+  T *grad_gate, *grad_up;
+  int64_t width, stride;
+  T limit;
+};
+
+template <typename T>
+struct GatherArguments {
+  const T *x, *weights;
+  const int64_t* places;
+  T* out;
+  int64_t width, per_token;
+};
+
+template <typename T>
+struct GatherGradients {
+  const T *x, *weights, *grad;
+  const int64_t* places;
+  T *grad_x, *grad_weights;
+  int64_t width, per_token;
+};
+
+namespace plain {
+#define KERNEL
+#define BYTES 16
+#include "fused_kernels.h"
+#undef KERNEL
+#undef BYTES
+}  // namespace plain
+
+#if defined(__x86_64__)
+namespace avx2 {
+#define KERNEL __attribute__((target("avx2,fma")))
+#define BYTES 32
+#include "fused_kernels.h"
+#undef KERNEL
+#undef BYTES
+}  // namespace avx2
+
+namespace avx512 {
+#define KERNEL __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define BYTES 64
+#include "fused_kernels.h"
+#undef KERNEL
+#undef BYTES
+}  // namespace avx512
+
+bool has_avx512() {
+  static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  return found;
+}
+
+bool has_avx2() {
+  static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  return found;
+}
+
+// Calls KERNEL_CALL, a function of one of the three namespaces with its arguments, where `fast` is the best of them.
+#define WITH_BEST(CALL)   \
+  if (has_avx512()) {     \
+    namespace fast = avx512; \
+    CALL;                 \
+  } else if (has_avx2()) { \
+    namespace fast = avx2; \
+    CALL;                 \
+  } else {                \
+    namespace fast = plain; \
+    CALL;                 \
+  }
+#else
+#define WITH_BEST(CALL)   \
+  {                       \
+    namespace fast = plain; \
+    CALL;                 \
+  }
+#endif
+
+template <typename Work>
+void by_type(const at::Tensor& x, Work work) {
+  if (x.scalar_type() == at::kFloat) {
+    work(float{});
+  } else {
+    work(double{});
+  }
+}
+
+// Whole tiles of tokens for each thread, so that lanes are filled alike however many threads there are.
+template <typename Work>
+void over_rows(int64_t rows, int64_t width, Work work) {
+  const int64_t tiles = (rows + TOKENS - 1) / TOKENS;
+  at::parallel_for(0, tiles, std::max<int64_t>(1, GRAIN / (TOKENS * std::max<int64_t>(1, width))),
+                   [&](int64_t begin, int64_t end) { work(begin * TOKENS, std::min(rows, end * TOKENS)); });
+}
+
+template <typename T>
+const T* data(const std::optional<at::Tensor>& x) {
+  return x.has_value() ? x->const_data_ptr<T>() : nullptr;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> collapse(
+    const at::Tensor& streams, const at::Tensor& fn, const at::Tensor& base, const at::Tensor& scale,
+    double norm_eps, double hc_eps, int64_t iterations) {
+  const int64_t n = streams.size(0), tokens = streams.size(1), width = streams.size(2), rows = fn.size(0);
+  TORCH_CHECK(n == 4, "collapse is compiled for 4 streams");
+  const auto options = streams.options();
+  at::Tensor collapsed = at::empty({tokens, width}, options), post = at::empty({n, tokens}, options),
+             residual = at::empty({n, n, tokens}, options), mix = at::empty({rows, tokens}, options),
+             inverse = at::empty({tokens}, options);
+  const int64_t padded = (rows + 15) / 16 * 16;
+  at::Tensor fn_t = at::zeros({n * width, padded}, options);
+  by_type(streams, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = fn.const_data_ptr<T>();
+    T* to = fn_t.mutable_data_ptr<T>();
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < n * width; ++i) to[i * padded + row] = from[row * n * width + i];
+    }
+    const CollapseArguments<T> a{streams.const_data_ptr<T>(), to, base.const_data_ptr<T>(), scale.const_data_ptr<T>(),
+                                 collapsed.mutable_data_ptr<T>(), post.mutable_data_ptr<T>(),
+                                 residual.mutable_data_ptr<T>(), mix.mutable_data_ptr<T>(),
+                                 inverse.mutable_data_ptr<T>(), tokens, width, padded, T(norm_eps), T(hc_eps),
+                                 int(iterations)};
+    over_rows(tokens, n * width * 8, [&](int64_t begin, int64_t end) {
+      WITH_BEST((fast::collapse<T, 4>(a, begin, end)));
+    });
+  });
+  return {collapsed, post, residual, mix, inverse};
+}
+
+// Adds to `grad_streams`. Also returns the gradients of the linear products and of the logits, both [rows, N].
+std::tuple<at::Tensor, at::Tensor> collapse_backward(
+    at::Tensor grad_streams, const at::Tensor& streams, const at::Tensor& fn, const at::Tensor& base,
+    const at::Tensor& scale, const at::Tensor& mix, const at::Tensor& inverse, const at::Tensor& grad_collapsed,
+    const at::Tensor& grad_post, const at::Tensor& grad_residual, double hc_eps, int64_t iterations) {
+  at::Tensor grad_products = at::empty_like(mix), grad_logits = at::empty_like(mix);
+  const int64_t tokens = streams.size(1), width = streams.size(2);
+  TORCH_CHECK(streams.size(0) == 4, "collapse is compiled for 4 streams");
+  by_type(streams, [&](auto zero) {
+    using T = decltype(zero);
+    const CollapseGradients<T> a{streams.const_data_ptr<T>(), fn.const_data_ptr<T>(), base.const_data_ptr<T>(),
+                                 scale.const_data_ptr<T>(), mix.const_data_ptr<T>(), inverse.const_data_ptr<T>(),
+                                 grad_collapsed.const_data_ptr<T>(), grad_post.const_data_ptr<T>(),
+                                 grad_residual.const_data_ptr<T>(), grad_streams.mutable_data_ptr<T>(),
+                                 grad_products.mutable_data_ptr<T>(), grad_logits.mutable_data_ptr<T>(), tokens, width,
+                                 T(hc_eps), int(iterations)};
+    over_rows(tokens, 4 * width * 8, [&](int64_t begin, int64_t end) {
+      WITH_BEST((fast::collapse_backward<T, 4>(a, begin, end)));
+    });
+  });
+  return {grad_products, grad_logits};
+}
+
+at::Tensor expand(const at::Tensor& streams, const at::Tensor& output, const at::Tensor& post,
+                  const at::Tensor& residual) {
+  at::Tensor mixed = at::empty_like(streams);
+  const int64_t tokens = streams.size(1), width = streams.size(2);
+  TORCH_CHECK(streams.size(0) == 4, "expand is compiled for 4 streams");
+  by_type(streams, [&](auto zero) {
+    using T = decltype(zero);
+    const ExpandArguments<T> a{streams.const_data_ptr<T>(), output.const_data_ptr<T>(), post.const_data_ptr<T>(),
+                               residual.const_data_ptr<T>(), mixed.mutable_data_ptr<T>(), tokens, width};
+    over_rows(tokens, 4 * width, [&](int64_t begin, int64_t end) { WITH_BEST((fast::expand<T, 4>(a, begin, end))); });
+  });
+  return mixed;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> expand_backward(
+    const at::Tensor& grad, const at::Tensor& streams, const at::Tensor& output, const at::Tensor& post,
+    const at::Tensor& residual) {
+  at::Tensor grad_streams = at::empty_like(streams), grad_output = at::empty_like(output),
+             grad_post = at::empty_like(post), grad_residual = at::empty_like(residual);
+  const int64_t tokens = streams.size(1), width = streams.size(2);
+  TORCH_CHECK(streams.size(0) == 4, "expand is compiled for 4 streams");
+  by_type(streams, [&](auto zero) {
+    using T = decltype(zero);
+    const ExpandGradients<T> a{streams.const_data_ptr<T>(), output.const_data_ptr<T>(), post.const_data_ptr<T>(),
+                               residual.const_data_ptr<T>(), grad.const_data_ptr<T>(),
+                               grad_streams.mutable_data_ptr<T>(), grad_output.mutable_data_ptr<T>(),
+                               grad_post.mutable_data_ptr<T>(), grad_residual.mutable_data_ptr<T>(), tokens, width};
+    over_rows(tokens, 4 * width,
+              [&](int64_t begin, int64_t end) { WITH_BEST((fast::expand_backward<T, 4>(a, begin, end))); });
+  });
+  return {grad_streams, grad_output, grad_post, grad_residual};
+}
+
+// y of x's shape and, where `normalise`, 1 / RMS of each row.
+std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const std::optional<at::Tensor>& weight,
+                                        const std::optional<at::Tensor>& turns, int64_t heads, double eps,
+                                        bool normalise, bool back) {
+  const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
+  at::Tensor y = at::empty_like(x), inverse = at::empty({normalise ? rows : 0}, x.options());
+  by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const NormArguments<T> a{x.const_data_ptr<T>(), data<T>(weight), data<T>(turns), y.mutable_data_ptr<T>(),
+                             normalise ? inverse.mutable_data_ptr<T>() : nullptr, width, heads,
+                             turns ? turns->size(0) : 1, turns ? turns->size(1) : 0, T(eps), T(back ? -1 : 1)};
+    over_rows(rows, width, [&](int64_t begin, int64_t end) { WITH_BEST((fast::norm<T>(a, begin, end))); });
+  });
+  return {y, inverse};
+}
+
+// Gradients of x and, where asked for, of the weight (in parts, [parts, width], whose number depends on x alone).
+std::tuple<at::Tensor, at::Tensor> norm_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                 const std::optional<at::Tensor>& weight,
+                                                 const std::optional<at::Tensor>& turns,
+                                                 const std::optional<at::Tensor>& inverse, int64_t heads, bool back,
+                                                 bool with_weight) {
+  const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
+  const int64_t parts = (rows + WEIGHT_ROWS - 1) / WEIGHT_ROWS;
+  at::Tensor grad_x = at::empty_like(x), grad_weight = at::zeros({with_weight ? parts : 0, width}, x.options());
+  by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const NormGradients<T> a{x.const_data_ptr<T>(), data<T>(weight), data<T>(turns), data<T>(inverse),
+                             grad.const_data_ptr<T>(), grad_x.mutable_data_ptr<T>(), width, heads,
+                             turns ? turns->size(0) : 1, turns ? turns->size(1) : 0, T(back ? -1 : 1)};
+    T* sums = grad_weight.mutable_data_ptr<T>();
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t from = part * WEIGHT_ROWS, to = std::min(rows, from + WEIGHT_ROWS);
+        WITH_BEST((fast::norm_backward<T>(a, with_weight ? sums + part * width : nullptr, from, to)));
+      }
+    });
+  });
+  return {grad_x, grad_weight};
+}
+
+// joint: gate's rows are followed by up's, [R, 2 I]; else gate and up are [R, I] each.
+at::Tensor swiglu(const at::Tensor& gate, const std::optional<at::Tensor>& up, double limit) {
+  const int64_t stride = gate.size(-1), width = up ? stride : stride / 2, rows = gate.numel() / std::max<int64_t>(1, stride);
+  auto shape = gate.sizes().vec();
+  shape.back() = width;
+  at::Tensor out = at::empty(shape, gate.options());
+  by_type(gate, [&](auto zero) {
+    using T = decltype(zero);
+    const T* first = gate.const_data_ptr<T>();
+    const SwigluArguments<T> a{first, up ? up->const_data_ptr<T>() : first + width, out.mutable_data_ptr<T>(), width,
+                               stride, T(limit)};
+    over_rows(rows, width * 4, [&](int64_t begin, int64_t end) { WITH_BEST((fast::swiglu<T>(a, begin, end))); });
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad, const at::Tensor& gate,
+                                                   const std::optional<at::Tensor>& up, double limit) {
+  const int64_t stride = gate.size(-1), width = up ? stride : stride / 2, rows = gate.numel() / std::max<int64_t>(1, stride);
+  at::Tensor grad_gate = at::empty_like(gate), grad_up = up ? at::empty_like(*up) : at::empty({0}, gate.options());
+  by_type(gate, [&](auto zero) {
+    using T = decltype(zero);
+    const T* first = gate.const_data_ptr<T>();
+    T* to = grad_gate.mutable_data_ptr<T>();
+    const SwigluGradients<T> a{first, up ? up->const_data_ptr<T>() : first + width, grad.const_data_ptr<T>(), to,
+                               up ? grad_up.mutable_data_ptr<T>() : to + width, width, stride, T(limit)};
+    over_rows(rows, width * 4, [&](int64_t begin, int64_t end) { WITH_BEST((fast::swiglu_backward<T>(a, begin, end))); });
+  });
+  return {grad_gate, grad_up};
+}
+
+at::Tensor gather(const at::Tensor& x, const at::Tensor& places, const std::optional<at::Tensor>& weights) {
+  const int64_t tokens = places.size(0), width = x.size(1);
+  at::Tensor out = at::empty({tokens, width}, x.options());
+  by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const GatherArguments<T> a{x.const_data_ptr<T>(), data<T>(weights), places.const_data_ptr<int64_t>(),
+                               out.mutable_data_ptr<T>(), width, places.size(1)};
+    over_rows(tokens, width * 2, [&](int64_t begin, int64_t end) { WITH_BEST((fast::gather<T>(a, begin, end))); });
+  });
+  return out;
+}
+
+std::tuple<at::Tensor, at::Tensor> gather_backward(const at::Tensor& grad, const at::Tensor& x,
+                                                   const at::Tensor& places, const at::Tensor& weights) {
+  const int64_t tokens = places.size(0), width = x.size(1);
+  at::Tensor grad_x = at::empty_like(x), grad_weights = at::empty_like(weights);
+  by_type(x, [&](auto zero) {
+    using T = decltype(zero);
+    const GatherGradients<T> a{x.const_data_ptr<T>(), weights.const_data_ptr<T>(), grad.const_data_ptr<T>(),
+                               places.const_data_ptr<int64_t>(), grad_x.mutable_data_ptr<T>(),
+                               grad_weights.mutable_data_ptr<T>(), width, places.size(1)};
+    over_rows(tokens, width * 2,
+              [&](int64_t begin, int64_t end) { WITH_BEST((fast::gather_backward<T>(a, begin, end))); });
+  });
+  return {grad_x, grad_weights};
+}
+
+at::Tensor mxfp4_values(const at::Tensor& x) {
+  at::Tensor out = at::empty_like(x);
+  const float* from = x.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  at::parallel_for(0, x.numel() / 32, GRAIN / 32,
+                   [&](int64_t begin, int64_t end) { WITH_BEST((fast::round_mxfp4(from, to, begin, end))); });
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(opd, library) {
+  library.def("hc_collapse(Tensor streams, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, "
+              "int iterations) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+  library.def("hc_collapse_backward(Tensor(a!) grad_streams, Tensor streams, Tensor fn, Tensor base, Tensor scale, "
+              "Tensor mix, Tensor inverse, Tensor grad_collapsed, Tensor grad_post, Tensor grad_residual, "
+              "float hc_eps, int iterations) -> (Tensor, Tensor)");
+  library.def("hc_expand(Tensor streams, Tensor output, Tensor post, Tensor residual) -> Tensor");
+  library.def("hc_expand_backward(Tensor grad, Tensor streams, Tensor output, Tensor post, Tensor residual) "
+              "-> (Tensor, Tensor, Tensor, Tensor)");
+  library.def("norm(Tensor x, Tensor? weight, Tensor? turns, int heads, float eps, bool normalise, bool back) "
+              "-> (Tensor, Tensor)");
+  library.def("norm_backward(Tensor grad, Tensor x, Tensor? weight, Tensor? turns, Tensor? inverse, int heads, "
+              "bool back, bool with_weight) -> (Tensor, Tensor)");
+  library.def("swiglu(Tensor gate, Tensor? up, float limit) -> Tensor");
+  library.def("swiglu_backward(Tensor grad, Tensor gate, Tensor? up, float limit) -> (Tensor, Tensor)");
+  library.def("mxfp4_values(Tensor x) -> Tensor");
+  library.def("gather(Tensor x, Tensor places, Tensor? weights) -> Tensor");
+  library.def("gather_backward(Tensor grad, Tensor x, Tensor places, Tensor weights) -> (Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(opd, CPU, library) {
+  library.impl("hc_collapse", collapse);
+  library.impl("hc_collapse_backward", collapse_backward);
+  library.impl("hc_expand", expand);
+  library.impl("hc_expand_backward", expand_backward);
+  library.impl("norm", norm);
+  library.impl("norm_backward", norm_backward);
+  library.impl("swiglu", swiglu);
+  library.impl("swiglu_backward", swiglu_backward);
+  library.impl("mxfp4_values", mxfp4_values);
+  library.impl("gather", gather);
+  library.impl("gather_backward", gather_backward);
+}

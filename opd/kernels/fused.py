@@ -1,0 +1,224 @@
+"""What the model does between its matrix products, on the CPU, as one recorded step each.
+
+At small width the many short operations of a V4 layer (forty normalisations, a mixing of four streams, norms, RoPE,
+routing) take longer than its products. Here each of them passes over memory once, forward and backward. The functions
+are those of `opd.model` under the same names and with the same arguments; `usable` says where they may stand in for the
+plain ones, which are the reference in tests, the way for other dtypes and devices, and what runs where nothing can be
+compiled.
+
+Left out: the loops (`fused_kernels.h`) and the equations (`opd.model`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from opd.kernels.library import operators
+
+DTYPES = (torch.float32, torch.float64)
+STREAMS = 4  # of hyper-connections, for which the loops are unrolled
+MAX_ITERATIONS = 64  # of Sinkhorn: what is kept for the way back lies in a processor's cache
+
+
+def usable(x: Tensor) -> bool:
+    """Whether tensors like x can go through this file."""
+    return x.device.type == "cpu" and x.dtype in DTYPES and operators() is not None
+
+
+class _Collapse(torch.autograd.Function):
+    """The streams are handed on to `expand`, so that their gradient arrives here whole and is added to in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        streams: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        norm_eps: float,
+        hc_eps: float,
+        iterations: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ops: Any = operators()
+        streams, fn = streams.contiguous(), fn.contiguous()
+        collapsed, post, residual, mix, inverse = ops.hc_collapse(
+            streams, fn, base.contiguous(), scale.contiguous(), norm_eps, hc_eps, iterations
+        )
+        ctx.save_for_backward(streams, fn, base, scale, mix, inverse)
+        ctx.settings = (hc_eps, iterations)
+        return streams, collapsed, post, residual
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ops: Any = operators()
+        streams, fn, base, scale, mix, inverse = ctx.saved_tensors
+        grad_streams, grad_collapsed, grad_post, grad_residual = (grad.contiguous() for grad in grads)
+        products, logits = ops.hc_collapse_backward(
+            grad_streams,
+            streams,
+            fn,
+            base,
+            scale,
+            mix,
+            inverse,
+            grad_collapsed,
+            grad_post,
+            grad_residual,
+            *ctx.settings,
+        )
+        n = len(streams)
+        grad_fn = torch.matmul(products, streams).transpose(0, 1).reshape(fn.shape)
+        of_scale = torch.linalg.vecdot(logits, mix).split([n, n, n * n])
+        grad_scale = torch.stack([part.sum() for part in of_scale])
+        return grad_streams, grad_fn, logits.sum(1), grad_scale, None, None, None
+
+
+def collapse(
+    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, hc_eps: float, iterations: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The streams [n, N, D], to hand to `expand`; block input [N, D], expansion weights [n, N], residual [n, n, N]."""
+    return _Collapse.apply(streams, fn, base, scale, norm_eps, hc_eps, iterations)
+
+
+class _Expand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, streams: Tensor, output: Tensor, post: Tensor, residual: Tensor) -> Tensor:
+        ops: Any = operators()
+        streams, output = streams.contiguous(), output.contiguous()
+        ctx.save_for_backward(streams, output, post, residual)
+        return ops.hc_expand(streams, output, post.contiguous(), residual.contiguous())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        ops: Any = operators()
+        return ops.hc_expand_backward(grads[0].contiguous(), *ctx.saved_tensors)
+
+
+def expand(streams: Tensor, output: Tensor, post: Tensor, residual: Tensor) -> Tensor:
+    """The streams after the block, [n, N, D]."""
+    return _Expand.apply(streams, output, post, residual)
+
+
+class Turns(NamedTuple):
+    """Complex numbers as pairs [rows, P, 2], by which row r of a [R, C] tensor turns its last 2 P channels: those at
+    index r // heads % rows; `back`: by their conjugates."""
+
+    pairs: Tensor
+    heads: int
+    back: bool
+
+
+def turns_of(x: Tensor, rotation: Tensor) -> Turns | None:
+    """`rotation` (complex64, broadcasting against x[..., : P]) as the loops read it; None where it is laid out so that
+    they cannot."""
+    back = rotation.is_conj()
+    plain = rotation.conj() if back else rotation
+    lead, own = x.shape[:-1], plain.shape[:-1]
+    heads = 1
+    if len(own) and len(lead) and own[-1] == 1 and lead[-1] != 1:
+        heads, lead, own = lead[-1], lead[:-1], own[:-1]
+    while len(own) and own[0] == 1 and not (len(own) == len(lead) and lead[0] == 1):
+        own = own[1:]
+    if len(own) > len(lead) or own != lead[len(lead) - len(own) :]:
+        return None
+    pairs = torch.view_as_real(plain).to(x.dtype).reshape(-1, plain.shape[-1], 2).contiguous()
+    return Turns(pairs, heads, back)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, turns: Turns | None, eps: float | None) -> Tensor:
+        ops: Any = operators()
+        x = x.contiguous()
+        pairs, heads, back = turns if turns is not None else (None, 1, False)
+        y, inverse = ops.norm(x, weight, pairs, heads, eps or 0.0, eps is not None, back)
+        # A turn alone is undone without knowing what was turned.
+        ctx.save_for_backward(x if eps is not None else None, weight, pairs, inverse if eps is not None else None)
+        ctx.settings = (heads, back)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ops: Any = operators()
+        x, weight, pairs, inverse = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        wants_weight = weight is not None and ctx.needs_input_grad[1]
+        grad_x, parts = ops.norm_backward(
+            grad, grad if x is None else x, weight, pairs, inverse, *ctx.settings, wants_weight
+        )
+        return grad_x, parts.sum(0) if wants_weight else None, None, None
+
+
+def norm_turn(x: Tensor, weight: Tensor | None, turns: Turns | None, eps: float | None) -> Tensor:
+    """x [..., C] over its RMS (`eps` None: as it is), times `weight` [C], its last channels turned."""
+    return _Norm.apply(x, weight, turns, eps)
+
+
+class _Swiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, limit: float) -> Tensor:
+        ops: Any = operators()
+        gate, up = gate.contiguous(), None if up is None else up.contiguous()
+        ctx.save_for_backward(gate, up)
+        ctx.limit = limit
+        return ops.swiglu(gate, up, limit)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ops: Any = operators()
+        gate, up = ctx.saved_tensors
+        grad_gate, grad_up = ops.swiglu_backward(grads[0].contiguous(), gate, up, ctx.limit)
+        return grad_gate, None if up is None else grad_up, None
+
+
+def swiglu(gate: Tensor, up: Tensor | None, limit: float) -> Tensor:
+    """As `opd.model.layers.swiglu`."""
+    return _Swiglu.apply(gate, up, limit)
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, source: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, source)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        ops: Any = operators()
+        (places,) = ctx.saved_tensors
+        return ops.gather(grads[0].contiguous(), places, None), None, None
+
+
+def dispatch(x: Tensor, source: Tensor, places: Tensor) -> Tensor:
+    """x [N, D] in the order of its copies: row r is x[source[r]], and token t's copies are rows places[t], [N, K]."""
+    return _Dispatch.apply(x, source, places)
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
+        ops: Any = operators()
+        rows, weights = rows.contiguous(), weights.contiguous()
+        ctx.save_for_backward(rows, weights, places)
+        return ops.gather(rows, places, weights)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ops: Any = operators()
+        rows, weights, places = ctx.saved_tensors
+        grad_rows, grad_weights = ops.gather_backward(grads[0].contiguous(), rows, places, weights)
+        return grad_rows, grad_weights, None
+
+
+def combine(rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
+    """sum_k weights[t, k] rows[places[t, k]]: [N K, D], [N, K], int64 [N, K], all places once -> [N, D]."""
+    return _Combine.apply(rows, weights, places)
+
+
+def mxfp4_values(x: Tensor) -> Tensor:
+    """float32 [..., K], K a multiple of 32 -> the values of its MXFP4 codes, as `opd.fp4.fake_quantize` states them."""
+    ops: Any = operators()
+    return ops.mxfp4_values(x.contiguous())
