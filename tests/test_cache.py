@@ -667,6 +667,7 @@ class Rounded:
     """Stores float32 numbers that have been through a packed format and back."""
 
     packed: RowFormat
+    kind: str = "rounded"
 
     def encode(self, values: Tensor) -> Tensor:
         return self.packed.decode(self.packed.encode(values), torch.float32)

@@ -5,25 +5,17 @@
 // fused_kernels.h, compiled for AVX-512, AVX2 and plain vectors; the best that the processor has is taken at run time.
 // float and double; every tensor is contiguous, and what fused.py passes has been checked there.
 
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <optional>
 #include <tuple>
-#include <type_traits>
-#include <vector>
+
+#include "vectors.h"
 
 namespace {
 
-constexpr int TOKENS = 16;               // in lanes together, whatever the vectors
-constexpr int64_t GRAIN = 1 << 15;       // numbers below which a second thread costs more than it saves
 constexpr int64_t WEIGHT_ROWS = 512;     // whose part of a norm weight's gradient is summed before the rest
 
 template <typename T>
@@ -110,67 +102,31 @@ struct GatherGradients {
 namespace plain {
 #define KERNEL
 #define BYTES 16
+#include "lanes.h"
 #include "fused_kernels.h"
 #undef KERNEL
 #undef BYTES
 }  // namespace plain
 
-#if defined(__x86_64__)
+#ifdef OPD_X86
 namespace avx2 {
-#define KERNEL __attribute__((target("avx2,fma")))
+#define KERNEL AVX2_KERNEL
 #define BYTES 32
+#include "lanes.h"
 #include "fused_kernels.h"
 #undef KERNEL
 #undef BYTES
 }  // namespace avx2
 
 namespace avx512 {
-#define KERNEL __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,prefer-vector-width=512")))
+#define KERNEL AVX512_KERNEL
 #define BYTES 64
+#include "lanes.h"
 #include "fused_kernels.h"
 #undef KERNEL
 #undef BYTES
 }  // namespace avx512
-
-bool has_avx512() {
-  static const bool found = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                            __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
-  return found;
-}
-
-bool has_avx2() {
-  static const bool found = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  return found;
-}
-
-// Calls KERNEL_CALL, a function of one of the three namespaces with its arguments, where `fast` is the best of them.
-#define WITH_BEST(CALL)   \
-  if (has_avx512()) {     \
-    namespace fast = avx512; \
-    CALL;                 \
-  } else if (has_avx2()) { \
-    namespace fast = avx2; \
-    CALL;                 \
-  } else {                \
-    namespace fast = plain; \
-    CALL;                 \
-  }
-#else
-#define WITH_BEST(CALL)   \
-  {                       \
-    namespace fast = plain; \
-    CALL;                 \
-  }
 #endif
-
-template <typename Work>
-void by_type(const at::Tensor& x, Work work) {
-  if (x.scalar_type() == at::kFloat) {
-    work(float{});
-  } else {
-    work(double{});
-  }
-}
 
 // Whole tiles of tokens for each thread, so that lanes are filled alike however many threads there are.
 template <typename Work>
@@ -178,11 +134,6 @@ void over_rows(int64_t rows, int64_t width, Work work) {
   const int64_t tiles = (rows + TOKENS - 1) / TOKENS;
   at::parallel_for(0, tiles, std::max<int64_t>(1, GRAIN / (TOKENS * std::max<int64_t>(1, width))),
                    [&](int64_t begin, int64_t end) { work(begin * TOKENS, std::min(rows, end * TOKENS)); });
-}
-
-template <typename T>
-const T* data(const std::optional<at::Tensor>& x) {
-  return x.has_value() ? x->const_data_ptr<T>() : nullptr;
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> collapse(

@@ -222,3 +222,67 @@ def mxfp4_values(x: Tensor) -> Tensor:
     """float32 [..., K], K a multiple of 32 -> the values of its MXFP4 codes, as `opd.fp4.fake_quantize` states them."""
     ops: Any = operators()
     return ops.mxfp4_values(x.contiguous())
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, recent: Tensor, entries: Tensor | None, sinks: Tensor, *reach: Any) -> Tensor:
+        ops: Any = operators()
+        query, recent = query.contiguous(), recent.contiguous()
+        entries = None if entries is None else entries.contiguous()
+        out, log_total = ops.attention(query, recent, entries, sinks, *reach)
+        ctx.save_for_backward(query, recent, entries, sinks, log_total, *reach[:3])
+        ctx.sizes = reach[3:]
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ops: Any = operators()
+        query, recent, entries, *rest = ctx.saved_tensors
+        of_query, of_recent, of_entries, of_sinks = ops.attention_backward(
+            grads[0].contiguous(), query, recent, entries, *rest, *ctx.sizes
+        )
+        return of_query, of_recent, None if entries is None else of_entries, of_sinks, *[None] * 5
+
+
+def attention(
+    query: Tensor,
+    recent: Tensor,
+    entries: Tensor | None,
+    sinks: Tensor,
+    *,
+    first: Tensor | None,
+    visible: Tensor | None,
+    picks: Tensor | None,
+    window: int,
+    past: int,
+) -> Tensor:
+    """As `opd.model.sparse.sparse_attention`, whose `Reach` has these fields. A query costs the keys that it sees."""
+    first, visible, picks = (None if index is None else index.contiguous() for index in (first, visible, picks))
+    return _Attention.apply(query, recent, entries, sinks, first, visible, picks, window, past)
+
+
+def decode_attention(
+    query: Tensor,
+    own: Tensor,
+    ring: Tensor,
+    entries: Tensor | None,
+    sinks: Tensor,
+    *,
+    slots: Tensor,
+    positions: Tensor,
+    pages: Tensor,
+    visible: Tensor,
+    picks: Tensor | None,
+    most_visible: int,
+) -> Tensor:
+    """One new token of each of B sequences against the cache as it lies: [B, H, C], its key [B, C] -> [B, H, C].
+
+    ring [slots, window, C] by position, without the new key; entries [pages, per page, C], of which row b may see the
+    first visible[b] (at most `most_visible`) on pages[b], or those of picks [B, k], -1 for none. No gradient.
+    """
+    ops: Any = operators()
+    return ops.decode_attention(
+        query.contiguous(), own.contiguous(), ring, entries, sinks, slots, positions, pages.contiguous(),
+        visible.contiguous(), None if picks is None else picks.contiguous(), most_visible,
+    )  # fmt: skip

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from opd.fp4 import fake_quantize
+from opd.kernels import fused
 from opd.model.cache import CompressorState, Extension, LayerCache
-from opd.model.layers import GroupedLinear, RMSNorm, rope_rotation, rotate, unit_rms
+from opd.model.layers import GroupedLinear, RMSNorm, norm_rotate, rope_rotation, rotate
 from opd.model.sparse import BLOCK_ELEMENTS, QUERY_BLOCK, Reach, entry_shares, sparse_attention, top_entries
 
 Indexing = Literal["off", "dense", "sparse"]
@@ -110,7 +111,8 @@ class Compressor(nn.Module):
     def _pool(self, kv: Tensor, gate: Tensor, rotation: Tensor) -> Tensor:
         """Softmax-weighted sum over the candidates (dimension -2), then norm and RoPE."""
         weights = torch.softmax(gate, dim=-2, dtype=gate.dtype if gate.dtype == torch.float64 else torch.float32)
-        return rotate(self.kv_norm((weights.to(kv.dtype) * kv).sum(-2)), rotation)
+        pooled = (weights.to(kv.dtype) * kv).sum(-2)
+        return norm_rotate(pooled, self.kv_norm.weight, self.kv_norm.eps, rotation)
 
 
 class IndexerScorer(nn.Module):
@@ -242,7 +244,7 @@ class Attention(nn.Module):
         """
         batch, length, _ = h_BTD.shape
         latent, query = self._queries(h_BTD, rotation)
-        recent = rotate(self.kv_norm(self.kv_proj(h_BTD)), rotation)
+        recent = self._keys(h_BTD, rotation)
         if self.compressor is None or length < self.compressor.ratio:
             mixed = sparse_attention(query, recent, None, self.sinks, Reach(self.window))
             return self._output(mixed, rotation), None
@@ -278,41 +280,75 @@ class Attention(nn.Module):
         A decoding step reads its window, its picks and the index keys; nothing else of a CSA layer's cache.
         """
         latent, query = self._queries(h_BTD, rotation)
-        new_keys = rotate(self.kv_norm(self.kv_proj(h_BTD)), rotation)
-        dtype = new_keys.dtype
-        past, first = at.read_ring(cache.window, cache.format, dtype)
-        recent = torch.cat((past, new_keys), 1)
-        reach = Reach(self.window, past=past.shape[1], first=first)
-        entries = None
+        new_keys = self._keys(h_BTD, rotation)
+        dtype, blocks, picks = new_keys.dtype, 0, None
+        visible = at.read_positions() + 1
         if self.compressor is not None and cache.compressor is not None:
             self.compressor.extend(h_BTD, cache.compressor, at, frequencies)
             indexer: Indexer | None = getattr(self.compressor, "indexer", None)
             if indexer is not None and cache.indexer is not None:
                 indexer.extend(h_BTD, cache.indexer, at, frequencies)
-            ratio = self.compressor.ratio
-            blocks = at.max_end // ratio
-            visible = (at.read_positions() + 1) // ratio
-            reach = reach._replace(visible=visible, ratio=ratio, base=at.max_end)
-            if blocks and indexer is not None and cache.indexer is not None and blocks > indexer.topk:
-                keys = at.read_entries(cache.indexer, blocks, ratio, dtype)
+            blocks = at.max_end // self.compressor.ratio
+            visible = visible // self.compressor.ratio
+            if indexer is not None and cache.indexer is not None and blocks > indexer.topk:
+                keys = at.read_entries(cache.indexer, blocks, self.compressor.ratio, dtype)
                 picks = indexer.pick(h_BTD, latent, keys, visible, rotation)
-                if picks.shape[1] == 1:
-                    # Picks come first in their row, so what is gathered is a prefix: dense attention to a few entries.
-                    entries = at.read_picks(cache.compressor, picks[:, 0], dtype)
-                    reach = reach._replace(visible=(picks >= 0).sum(-1), ratio=1)
-                else:
-                    entries = at.read_entries(cache.compressor, blocks, ratio, dtype)
-                    reach = reach._replace(picks=picks)
-            elif blocks:
-                entries = at.read_entries(cache.compressor, blocks, ratio, dtype)
+        is_in_place = cache.format.kind == "plain" and cache.window.dtype == dtype == self.sinks.dtype
+        if new_keys.shape[1] == 1 and is_in_place and fused.usable(new_keys):
+            mixed = fused.decode_attention(
+                query[:, 0],
+                new_keys[:, 0],
+                cache.window,
+                cache.compressor.entries if cache.compressor is not None and blocks else None,
+                self.sinks,
+                slots=at.slots,
+                positions=at.starts,
+                pages=at.pages,
+                visible=visible[:, 0],
+                picks=None if picks is None else picks[:, 0],
+                most_visible=blocks,
+            )[:, None]
+        else:
+            mixed = self._attend_to_copies(query, new_keys, cache, at, blocks, visible, picks)
         at.write_ring(cache.window, cache.format.encode(new_keys))
-        return self._output(sparse_attention(query, recent, entries, self.sinks, reach), rotation)
+        return self._output(mixed, rotation)
+
+    def _attend_to_copies(
+        self,
+        query: Tensor,
+        new_keys: Tensor,
+        cache: LayerCache,
+        at: Extension,
+        blocks: int,
+        visible: Tensor,
+        picks: Tensor | None,
+    ) -> Tensor:
+        """Attention to what is first read out of the cache: for chunks, packed layouts, where nothing is compiled."""
+        dtype = new_keys.dtype
+        past, first = at.read_ring(cache.window, cache.format, dtype)
+        recent = torch.cat((past, new_keys), 1)
+        reach, entries = Reach(self.window, past=past.shape[1], first=first), None
+        if blocks and self.compressor is not None and cache.compressor is not None:
+            ratio = self.compressor.ratio
+            reach = reach._replace(visible=visible, ratio=ratio, base=at.max_end)
+            if picks is not None and picks.shape[1] == 1:
+                # Picks come first in their row, so what is gathered is a prefix: dense attention to a few entries.
+                entries = at.read_picks(cache.compressor, picks[:, 0], dtype)
+                reach = reach._replace(visible=(picks >= 0).sum(-1), ratio=1)
+            else:
+                entries = at.read_entries(cache.compressor, blocks, ratio, dtype)
+                reach = reach._replace(picks=picks)
+        return sparse_attention(query, recent, entries, self.sinks, reach)
 
     def _queries(self, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """The normalised query latent (the indexer reads it too) and the rotated, unit-RMS heads [B, T, H, C]."""
         latent = self.q_a_norm(self.q_a_proj(h))
-        query = unit_rms(self.q_b_proj(latent).unflatten(-1, (self.heads, self.head_dim)), self.eps)
-        return latent, rotate(query, rotation[..., None, :])
+        query = self.q_b_proj(latent).unflatten(-1, (self.heads, self.head_dim))
+        return latent, norm_rotate(query, None, self.eps, rotation[..., None, :])
+
+    def _keys(self, h: Tensor, rotation: Tensor) -> Tensor:
+        """The tokens' own keys, which are their values too: [B, T, C]."""
+        return norm_rotate(self.kv_proj(h), self.kv_norm.weight, self.kv_norm.eps, rotation)
 
     def _output(self, mixed_BTHC: Tensor, rotation: Tensor) -> Tensor:
         # Values carry their key's rotation; turning back by the query's position leaves the relative distance.

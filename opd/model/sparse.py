@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from opd.kernels import fused
+
 QUERY_BLOCK = 128  # queries of a block, at most; fewer when a block's scores would exceed BLOCK_ELEMENTS
 BLOCK_ELEMENTS = 1 << 23
 KEPT_ELEMENTS = 1 << 23  # attention weights of one call that are kept for the backward rather than computed again
@@ -190,6 +192,9 @@ def sparse_attention(query: Tensor, recent: Tensor, entries: Tensor | None, sink
     """
     if entries is not None and entries.shape[1] == 0:
         entries = None
+    if fused.usable(query) and query.dtype == recent.dtype == sinks.dtype:
+        index = {"first": reach.first, "visible": reach.visible, "picks": reach.picks}
+        return fused.attention(query, recent, entries, sinks, window=reach.window, past=reach.past, **index)
     return _SparseAttention.apply(query, recent, entries, sinks, reach)
 
 
