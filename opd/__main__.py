@@ -1,7 +1,8 @@
 """The command line: `opd <command> key=value ...`. The only file that knows Hydra.
 
 Hydra composes `conf/` and the overrides onto the dataclasses of `opd.config`; what comes out is a plain `Config`.
-A mistake of the user's is one message and exit status 2, with nothing written over.
+A mistake of the user's is one message and exit status 2, with nothing written over. A run that is asked to stop
+(SIGTERM, SIGINT) saves, and ends with status 0 and the command that goes on with it.
 """
 
 from __future__ import annotations
@@ -9,8 +10,12 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import shlex
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from opd.stop import Stop
 
 COMMANDS = {
     "quickstart": "the whole chain on three small domains, from nothing to a distilled student",
@@ -26,13 +31,21 @@ COMMANDS = {
 
 
 def main() -> None:
-    """Entry point of the console script; exits with 0, 1 (something broke) or 2 (the user's mistake)."""
+    """Entry point of the console script; exits with 0 (done, or stopped on request), 1 (something broke), 2 (the user's
+    mistake) or 130 (interrupted at once)."""
     arguments = _parse(sys.argv[1:])
     _quieten()
     from opd.config import ConfigError
+    from opd.stop import Stop, Stopped
 
+    stop = Stop()
     try:
-        sys.exit(_run(arguments))
+        with stop.signals():
+            status = _run(arguments, stop)
+        sys.exit(status)
+    except Stopped:
+        print(f"opd {arguments.command}: stopped. To go on:\n{_resuming(sys.argv[1:])}")
+        sys.exit(0)
     except ConfigError as error:
         print(f"opd {arguments.command}: {error}", file=sys.stderr)
         sys.exit(2)
@@ -119,7 +132,13 @@ def _check_config_dir(config_dir: str, built_in: str) -> None:
                 raise ConfigError(f"--config-dir {config_dir}: {name} is also a file of conf/; give it another name")
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _resuming(argv: list[str]) -> str:
+    """The command that goes on with the run that `argv` began."""
+    kept = [argument for argument in argv if not argument.startswith(("resume=", "run.overwrite="))]
+    return shlex.join(["opd", *kept, "resume=auto"])
+
+
+def _run(arguments: argparse.Namespace, stop: Stop) -> int:
     overrides, own = _split_own(arguments.command, arguments.overrides)
     config, resolved = compose(arguments.command, overrides, arguments.config_dir)
     if arguments.cfg:
@@ -138,6 +157,7 @@ def _run(arguments: argparse.Namespace) -> int:
     from opd.report import format_table, write_report
 
     command: str = arguments.command
+    pipeline.check_resume(config, command)
     if command == "check":
         print("\n".join(pipeline.check(config)))
         return 0
@@ -155,14 +175,17 @@ def _run(arguments: argparse.Namespace) -> int:
     with pipeline.open_run(config), open_runtime(config.runtime) as runtime:
         match command:
             case "base":
-                pipeline.run_base(config, runtime)
+                pipeline.run_base(config, runtime, stop)
             case "specialist":
-                pipeline.run_specialist(config, runtime, config.domain)
+                pipeline.run_specialist(config, runtime, config.domain, stop)
             case "distill":
-                pipeline.run_distill(config, runtime)
+                pipeline.run_distill(config, runtime, stop)
             case _:  # evaluate, quickstart
-                run = pipeline.run_quickstart if command == "quickstart" else pipeline.run_evaluate
-                print(format_table(run(config, runtime)))
+                if command == "quickstart":
+                    summary = pipeline.run_quickstart(config, runtime, stop)
+                else:
+                    summary = pipeline.run_evaluate(config, runtime)
+                print(format_table(summary))
                 print(f"report: {os.path.join(config.run.dir, 'report.html')}")
     return 0
 

@@ -4,10 +4,10 @@ Workers, teachers and learner ranks are plain classes. `open_runtime` gives a `R
 somewhere and whose `store` holds large values: `LocalRuntime` here, at once, one call after another; `RayRuntime` in
 processes of their own, with a shared object store, in parallel. Both sides see the same methods, so that a run is the
 same run to rounding, and the same errors: what a method or a constructor raised comes out of `result`, as the exception
-it was; an actor that has ended is a RuntimeError that names it.
+it was; an actor whose process ended on its own is `ActorDied`, one that was dismissed a RuntimeError that names it.
 
 An actor makes its calls one by one, in the order in which they were submitted. Nobody waits but in `result`, `get` and
-`open_runtime`. Left out: restarting actors.
+`open_runtime`. Left out: restarting actors (`rollout.fleet` replaces the dead among its workers).
 """
 
 from __future__ import annotations
@@ -29,6 +29,17 @@ from opd.types import Actor, Future, Store
 LOOPBACK = "127.0.0.1"
 CLEAR_SECONDS = 10.0  # for a dismissed actor to finish what it was doing, before its process is given up
 CONNECT_SECONDS = 5.0  # to find out that nobody listens at an address, for which Ray itself takes minutes
+
+
+class ActorDied(RuntimeError):
+    """An actor ended without being asked to, and its state with it. `name` is the actor's."""
+
+    def __init__(self, name: str, circumstances: str) -> None:
+        super().__init__(name, circumstances)  # the arguments that an exception is rebuilt from in another process
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"{self.args[0]} died, {self.args[1]}"
 
 
 @dataclass(slots=True, frozen=True)
@@ -164,7 +175,7 @@ class _RayFuture:
                 raise error.cause from error
             raise RuntimeError(f"{self.actor}.{self.method} failed: {_one_line(error)}") from error
         except RayActorError as error:
-            raise RuntimeError(f"{self.actor} died, before or during {self.method}: {_one_line(error)}") from error
+            raise ActorDied(self.actor, f"before or during {self.method}: {_one_line(error)}") from error
         except RayError as error:
             raise RuntimeError(f"{self.actor}.{self.method} has no result: {_one_line(error)}") from error
 
@@ -359,7 +370,8 @@ def _check_address(address: str) -> None:
 
 
 def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """Ray's message without the list of what it might be, which is the same in every death's."""
+    return " ".join(str(error).split()).partition(" Some common causes include")[0]
 
 
 def _free_port(host: str) -> tuple[str, int]:

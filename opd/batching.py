@@ -13,10 +13,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from opd.types import Group, Signal, TeacherHidden, Trajectory
+from opd.types import Group, Signal, TeacherHidden, TeacherLogprobs, Trajectory
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -28,7 +29,12 @@ class WorkItem:
 
     @property
     def teacher(self) -> str | None:
-        return self.signal.teacher if isinstance(self.signal, TeacherHidden) else None
+        return self.signal.teacher if isinstance(self.signal, TeacherHidden | TeacherLogprobs) else None
+
+    @property
+    def weight(self) -> float:
+        """Of its token losses: a teacher's w_i, else 1."""
+        return self.signal.weight if isinstance(self.signal, TeacherHidden | TeacherLogprobs) else 1.0
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -58,14 +64,14 @@ class Plan:
 
 def plan(
     groups: Sequence[Group],
-    signals: Sequence[Sequence[Signal | tuple[TeacherHidden, ...]]],
+    signals: Sequence[Sequence[Signal | tuple[TeacherHidden | TeacherLogprobs, ...]]],
     *,
     num_ranks: int,
     micro_batch_tokens: int,
 ) -> Plan:
     """Spreads a step over ranks and cuts it into micro-batches; the same input gives the same plan.
 
-    `signals[g][i]` is the signal of `groups[g].trajectories[i]`: a tuple of one TeacherHidden per teacher, or one
+    `signals[g][i]` is the signal of `groups[g].trajectories[i]`: a tuple with the signal of each teacher, or one
     signal. Every rank gets items in order of teacher name, long rows first, and its share of the tokens is balanced
     greedily. Rows times longest row of a micro-batch is at most `micro_batch_tokens`, except for a single longer row.
     Ranks with fewer micro-batches get empty ones at the end. Raises ValueError if signals do not match trajectories,
@@ -181,3 +187,21 @@ def collate(trajectories: Sequence[Trajectory], pad_id: int) -> Batch:
         targets=token_ids[rows, columns],
         sampler_logprobs=sampler_logprobs[rows, columns],
     )
+
+
+def collate_tokens(sequences: Sequence[Sequence[int]]) -> Batch:
+    """Plain token sequences of which every token but the first counts, as if each were a trajectory's."""
+    trajectories = [
+        Trajectory(
+            id=str(index),
+            prompt_id=str(index),
+            domain="",
+            token_ids=np.asarray(sequence, np.int32),
+            loss_mask=np.arange(len(sequence)) > 0,
+            sampler_logprobs=np.zeros(len(sequence), np.float32),
+            version_spans=(),
+            finish_reason="stop",
+        )
+        for index, sequence in enumerate(sequences)
+    ]
+    return collate(trajectories, pad_id=0)

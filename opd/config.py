@@ -12,11 +12,23 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 from omegaconf import MISSING
 
 EFFORTS = ("none", "high", "max")
+
+# What distillation can minimise; `DistillConfig` has the formulas.
+FullLoss = Literal["reverse_kl", "forward_kl", "mixed_kl", "jensen_shannon"]
+TopkLoss = Literal[
+    "topk_reverse_kl",
+    "topk_renormalised_reverse_kl",
+    "topk_tail_reverse_kl",
+    "topk_sampled_reverse_kl",
+    "topk_forward_kl",
+]
+SampledLoss = Literal["sampled_reverse_kl", "sampled_reverse_kl_k2", "sampled_forward_kl"]
+FULL_LOSSES, TOPK_LOSSES, SAMPLED_LOSSES = get_args(FullLoss), get_args(TopkLoss), get_args(SampledLoss)
 
 
 class ConfigError(ValueError):
@@ -66,6 +78,15 @@ class RunConfig:
 
 
 @dataclass
+class LoraConfig:
+    """Low-rank adapters, trained in place of an hf model's own weights; checkpoints and rollouts get them merged."""
+
+    rank: int = 0  # 0: off, all weights are trained
+    alpha: float = 16.0  # the adapter's product is multiplied by alpha / rank
+    targets: list[str] = field(default_factory=list)  # last names of the matrices; empty: all of the layers'
+
+
+@dataclass
 class ModelConfig:
     """The student (and base). `path` loads weights; without it a `deepseek_v4` is built from `config`."""
 
@@ -79,6 +100,7 @@ class ModelConfig:
     # ones of an hf model) | none.
     fp4: str = "experts"
     fp4_index: bool = False  # V4's lightning indexer: queries and keys rotated by a Hadamard matrix, then MXFP4
+    lora: LoraConfig = field(default_factory=LoraConfig)  # of family hf
 
 
 @dataclass
@@ -152,16 +174,49 @@ class RolloutConfig:
 
 
 @dataclass
+class RemoteConfig:
+    """How a teacher of `family: remote` is asked: a server that returns the log-probabilities of a prompt's tokens."""
+
+    server: str = "vllm"  # vllm: /completions with prompt_logprobs | sglang: /generate
+    replicas: list[str] = field(default_factory=list)  # base URLs of further servers of the same model
+    model: str | None = None  # its name there; null: the only one that is served
+    top_k: int = 0  # most likely tokens asked for at each position; 0: the sampled token's log-probability alone
+    api_key_env: str | None = None  # environment variable that holds the key; null: none is sent
+    timeout_seconds: float = 120.0  # for a whole answer
+    max_retries: int = 8  # further attempts of one request, on all replicas together; pauses grow to 15 s
+    concurrency: int = 16  # requests under way at once
+    tolerance: float = 0.1  # nats by which two replicas, or two answers to the same question, may differ
+
+
+@dataclass
 class TeacherConfig:
     """One specialist: `conf/teachers/<name>.yaml`."""
 
-    path: str = MISSING  # checkpoint folder or hub id
+    path: str = MISSING  # checkpoint folder or hub id; family remote: the server's base URL
     domains: dict[str, float] = field(default_factory=dict)  # domain -> weight; empty: the domain of the teacher's name
-    family: str = "deepseek_v4"  # deepseek_v4 | hf
-    residency: str = "host"  # host: weights stay in memory | disk: loaded when its turn comes
+    family: str = "deepseek_v4"  # deepseek_v4 | hf | remote
+    # How its weights are held. null: FP32, and those of a deepseek_v4 rounded where `model.fp4` rounds the student's |
+    # fp32 | bf16 | fp8: matrices of its layers in E4M3 | fp4: MXFP4, experts of a deepseek_v4, matrices of an hf model.
+    precision: str | None = None
+    # device: weights stay where they are used | host: they stay in host memory | disk: read when the turn comes.
+    residency: str = "host"
     default: bool = False  # also serve every domain that has no teacher
+    effort: str | None = None  # none | high | max: the mode it was trained in, and its domains must have; null: any
     tokenizer: str | None = None  # null: the one beside `path`
     revision: str | None = None
+    remote: RemoteConfig = field(default_factory=RemoteConfig)  # of family remote
+
+
+@dataclass
+class PoolConfig:
+    """What the teachers together may take, and what is asked of them before a run."""
+
+    weight_bytes: int | None = None  # most bytes of weights that one teacher host holds; null: no bound
+    prefetch: bool = True  # read the next teacher's weights while the present one scores
+    hidden_bytes: int | None = None  # of a step's hidden states kept in memory, the rest goes to disk; null: all
+    # Of teachers whose scores cannot be right. refuse: the run does not start | warn | off: they are not examined.
+    examine: str = "refuse"
+    allow_changed: bool = False  # resume with other weights under a teacher's old name
 
 
 @dataclass
@@ -176,12 +231,18 @@ class OptimizerConfig:
 @dataclass
 class LearnerConfig:
     num_ranks: int = 1  # data-parallel DeepSpeed processes
-    zero_stage: int = 0  # 0 | 1 | 2
+    # What is divided among the ranks. 0: nothing | 1: optimizer state | 2: and gradients | 3: and weights (AdamW only).
+    zero_stage: int = 0
+    precision: str = "fp32"  # fp32 | bf16: what matrices multiply in; masters, sums and the loss stay FP32
+    activation_checkpointing: bool = False  # layers are computed again in the backward, and their inside is not kept
+    offload_optimizer: bool = False  # AdamW's state in host memory; needs zero_stage 1, 2 or 3
     micro_batch_tokens: int = 8192  # padded tokens of one forward and backward
     grad_clip: float = 1.0  # global norm; 0: off
+    max_skipped_steps: int = 10  # in a row, for losses or gradients that are not finite, before the run stops
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    kl_tile_tokens: int = 1024  # tile of the exact KL: tokens by vocabulary entries
-    kl_tile_vocab: int = 8192
+    # Tile of logits: tokens by vocabulary entries. These fit the caches of a CPU; a GPU wants larger ones.
+    kl_tile_tokens: int = 512
+    kl_tile_vocab: int = 2048
     balance_loss: float = 1e-4  # V4's sequence-wise expert balance loss
     balance_bias_speed: float = 1e-3  # step of the router's selection bias
 
@@ -200,6 +261,10 @@ class RuntimeConfig:
     gpus_per_teacher: float = 0.0
     gpus_per_rank: float = 0.0
     timeout_seconds: float = 1800.0  # longest one phase of a step may take
+    # The same for single phases: rollout (evaluations too), score, train, checkpoint. Example: {rollout: 7200}
+    deadlines: dict[str, float] = field(default_factory=dict)
+    # Times a stage's actors are started anew after one died or hung, in a row without a checkpoint in between.
+    max_restarts: int = 3
 
 
 @dataclass
@@ -215,7 +280,7 @@ class StageConfig:
     decay_fraction: float = 0.0  # last share of the steps over which the rate falls linearly to a tenth
     temperature: float = 1.0  # of the rollouts
     eval_every: int = 0  # steps between evaluations inside the stage, the last step included; 0: none
-    checkpoint_every: int = 0  # steps between checkpoints; 0: only at the end
+    checkpoint_every: int = 50  # steps between checkpoints, the last step included; 0: only the last
     # V4's lightning indexer gets no gradient from the loss of its model. This weight is of its own loss, which moves it
     # alone, and which exists where a sequence has more CSA blocks than `index_topk`.
     indexer_loss: float = 1.0
@@ -226,18 +291,65 @@ class StageConfig:
 
 
 @dataclass
+class CorrectionConfig:
+    """Factors that carry no gradient, from r = p / mu of each sampled token: p the policy, mu the sampler that drew it.
+    Sequence means and products are over a trajectory's loss tokens; a null key is off. See opd.correction."""
+
+    # Importance weights, for losses that are an expectation over the sampled token. none | tis: min(r, high) | mis: r,
+    # 0 above high | icepop: r, 0 outside [low, high] | sequence_tis, sequence_mis: with the product of r instead.
+    ratio: str = "none"
+    low: float = 0.5  # icepop
+    high: float = 2.0
+    # Masks, for any loss. Each drops what it names.
+    max_mean_gap: float | None = None  # trajectories whose |mean log r| is above it (geometric mask) [nats/token]
+    max_k3: float | None = None  # trajectories whose mean of r - 1 - log r is above it [nats/token]
+    veto: float | None = None  # trajectories with any r below it
+    opsm_delta: float | None = None  # V3.2, GRPO: those of negative advantage with a mean of -log r above it [nats]
+
+
+@dataclass
 class GrpoConfig(StageConfig):
     group_size: int = 8
     clip: float = 0.2  # epsilon of the ratio clip
     kl_coefficient: float = 0.0  # beta of V3.2's unbiased KL to the SFT policy; 0: no reference
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)  # masks: the surrogate holds the ratio
+    max_staleness: int = 0  # steps that rollouts run ahead of training, under older weights; 0: wait for the newest
     indexer_loss: float = 0.0
     mtp_weight: float = 0.0
 
 
 @dataclass
 class DistillConfig(StageConfig):
+    """p is the student, q the teacher, l = log p - log q, y the sampled token, S the teacher's `top_k` likeliest ones.
+
+    A loss is named after the divergence whose gradient it follows. Value of one token, and what it takes:
+        reverse_kl                     sum_v p l                                 over the whole vocabulary, exact
+        forward_kl                     sum_v -q l                                the same
+        mixed_kl                       mix * reverse_kl + (1 - mix) * forward_kl
+        jensen_shannon                 beta KL(q || m) + (1 - beta) KL(p || m),  m = beta q + (1 - beta) p
+        topk_reverse_kl                sum_S (p l - p + q)                       p and q of the whole vocabulary
+        topk_renormalised_reverse_kl   KL of p and q both renormalised on S
+        topk_tail_reverse_kl           KL over S and one bucket for all the rest
+        topk_sampled_reverse_kl        sum_S p l, and l_y if y is not in S:      unbiased for reverse_kl
+        topk_forward_kl                sum_S -q l
+        sampled_reverse_kl             score function of l_y (policy gradient):  unbiased for reverse_kl
+        sampled_reverse_kl_k2          l_y^2 / 2, differentiated:                unbiased for reverse_kl
+        sampled_forward_kl             q/p - 1 + l_y (k3), differentiated:       unbiased for forward_kl
+    The first four need teachers whose hidden states are here; the others work with `family: remote` too.
+    """
+
+    loss: str = "reverse_kl"
+    mix: float = 0.5  # mixed_kl
+    beta: float = 0.5  # jensen_shannon, above 0 and below 1
+    top_k: int = 64  # topk_*
+    advantage_clip: float | None = None  # sampled_reverse_kl: bound of |l_y|, nats; null: none
+    baseline: str = "none"  # sampled_reverse_kl: none | kl (the exact KL of the state, which lowers the variance)
     kl_temperature: float = 1.0  # tau: both logits are divided by it
+    reference_kl: float = 0.0  # coefficient of the exact KL(p || p_0), p_0 the policy the stage starts from
+    masked_ids: list[int] = field(default_factory=list)  # sampled tokens that do not count, as special tokens may not
+    correction: CorrectionConfig = field(default_factory=CorrectionConfig)
     hidden_dtype: str = "bfloat16"  # bfloat16 | float32: how the teachers' hidden states are stored and sent
+    max_staleness: int = 0  # steps that rollouts run ahead of training, under older weights; 0: wait for the newest
     indexer_loss: float = 0.0
     mtp_weight: float = 0.0
 
@@ -248,6 +360,15 @@ class StagesConfig:
     sft: StageConfig = field(default_factory=StageConfig)
     grpo: GrpoConfig = field(default_factory=GrpoConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+
+
+@dataclass
+class CheckpointConfig:
+    """Which checkpoints of a stage stay. The newest one always does: it is what the stage's `hf` points at."""
+
+    keep_last: int = 2
+    keep_best: int = 0  # of those written at an evaluation, which then all are
+    best_metric: str = "eval/pass_at_1"  # larger is better; of a group of metrics, as this one, the mean counts
 
 
 @dataclass
@@ -268,15 +389,20 @@ class TrackingConfig:
 class Config:
     seed: int = 0
     domain: str | None = None  # `opd specialist`: the one to train
+    # auto: go on where the run of this name stopped, or begin it | a checkpoint's folder (.../checkpoints/step_<n>): go
+    # on from there | null: begin.
+    resume: str | None = None
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
+    pool: PoolConfig = field(default_factory=PoolConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
@@ -314,12 +440,19 @@ def teacher_routes(config: Config) -> dict[str, tuple[tuple[str, float], ...]]:
                 )
             at_least(f"teachers.{name}.domains.{domain}", weight, 0.0)
             if weight > 0:
+                effort = config.data.domains[domain].effort
+                if teacher.effort not in (None, effort):
+                    raise ConfigError(
+                        f"teachers.{name}.effort={teacher.effort} does not fit data.domains.{domain}.effort={effort}, "
+                        "in which its prompts are rendered; give them the same, or effort: null to a teacher of any"
+                    )
                 routes[domain].append((name, weight))
     defaults = [name for name, teacher in config.teachers.items() if teacher.default]
     if len(defaults) > 1:
         raise ConfigError(f"teachers.*.default is true for {', '.join(defaults)}; at most one may be the default")
     for domain, served_by in routes.items():
-        if not served_by and defaults:
+        fits = defaults and config.teachers[defaults[0]].effort in (None, config.data.domains[domain].effort)
+        if not served_by and fits:
             served_by.append((defaults[0], 1.0))
         if not served_by:
             raise ConfigError(
@@ -343,15 +476,19 @@ def check_config(config: Config) -> None:
         one_of("domain", config.domain, tuple(config.data.domains))
     for name, teacher in config.teachers.items():
         _check_name(f"teachers.{name}", name)
-        one_of(f"teachers.{name}.family", teacher.family, ("deepseek_v4", "hf"))
-        one_of(f"teachers.{name}.residency", teacher.residency, ("host", "disk"))
+        _check_teacher(f"teachers.{name}", teacher)
+    at_least("pool.weight_bytes", config.pool.weight_bytes, 1)
+    at_least("pool.hidden_bytes", config.pool.hidden_bytes, 0)
+    one_of("pool.examine", config.pool.examine, ("refuse", "warn", "off"))
     _check_rollout(config)
     _check_learner(config.learner, config.model.max_tokens)
     _check_runtime(config)
     for stage in ("base", "sft", "grpo", "distill"):
         _check_stage(f"stages.{stage}", getattr(config.stages, stage))
+    _check_sources(config)
     at_least("tokenizer.vocab_size", config.tokenizer.vocab_size, 300)
     at_least("tokenizer.samples_per_domain", config.tokenizer.samples_per_domain, 1)
+    _check_checkpoint(config)
     at_least("eval.samples", config.eval.samples, 0)
     at_least("eval.inline_prompts", config.eval.inline_prompts, 1)
     above("eval.temperature", config.eval.temperature, 0)
@@ -376,6 +513,19 @@ def _check_model(config: Config) -> None:
         raise ConfigError("model.fp4=linears needs model.family=hf; with family=deepseek_v4 it must be experts or none")
     if model.family == "hf" and model.fp4_index:
         raise ConfigError("model.fp4_index=true needs model.family=deepseek_v4; with family=hf it must be false")
+    lora = model.lora
+    at_least("model.lora.rank", lora.rank, 0)
+    above("model.lora.alpha", lora.alpha, 0)
+    if lora.rank == 0:
+        unset("model.lora.alpha", lora.alpha, LoraConfig().alpha, "model.lora.rank is 0")
+        unset("model.lora.targets", list(lora.targets), [], "model.lora.rank is 0")
+    elif model.family != "hf":
+        raise ConfigError(f"model.lora.rank={lora.rank} needs model.family=hf; with family={model.family} it must be 0")
+    elif model.fp4 != "none":
+        raise ConfigError(
+            f"model.lora.rank={lora.rank} with model.fp4={model.fp4} cannot work: the sum of weight and adapter would "
+            "have to be rounded, not the weight alone; use fp4=none or rank=0"
+        )
 
 
 def _check_domain(key: str, domain: DomainConfig) -> None:
@@ -405,6 +555,39 @@ def _check_domain(key: str, domain: DomainConfig) -> None:
         others = (("task", domain.task, None), ("params", domain.params, {}))
     for setting, value, default in others:
         unset(f"{key}.{setting}", value, default, f"it does not belong to source={domain.source}")
+
+
+def _check_teacher(key: str, teacher: TeacherConfig) -> None:
+    one_of(f"{key}.family", teacher.family, ("deepseek_v4", "hf", "remote"))
+    one_of(f"{key}.residency", teacher.residency, ("device", "host", "disk"))
+    one_of(f"{key}.precision", teacher.precision, (None, "fp32", "bf16", "fp8", "fp4"))
+    one_of(f"{key}.effort", teacher.effort, (None, *EFFORTS))
+    remote, plain = teacher.remote, RemoteConfig()
+    if teacher.family != "remote":
+        for entry in fields(remote):
+            value, default = getattr(remote, entry.name), getattr(plain, entry.name)
+            unset(f"{key}.remote.{entry.name}", value, default, f"it does not belong to family={teacher.family}")
+        return
+    one_of(f"{key}.remote.server", remote.server, ("vllm", "sglang"))
+    for name, url in ((f"{key}.path", teacher.path), *((f"{key}.remote.replicas", url) for url in remote.replicas)):
+        if not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", url):
+            shown = re.sub(r"//.*@", "//***@", url)
+            raise ConfigError(
+                f"{name}={shown} is not the base URL of a server, such as http://host:8000/v1; a key belongs into the "
+                f"environment variable that {key}.remote.api_key_env names"
+            )
+    if teacher.tokenizer is None:
+        raise ConfigError(
+            f"{key}.tokenizer is null; family=remote needs the folder or hub id of the tokenizer that the server uses, "
+            "to be compared with the student's"
+        )
+    for setting, value in (("precision", teacher.precision), ("revision", teacher.revision)):
+        unset(f"{key}.{setting}", value, None, "a remote teacher's weights are its server's business")
+    for setting, lowest in (("top_k", 0), ("max_retries", 0), ("concurrency", 1), ("tolerance", 0)):
+        at_least(f"{key}.remote.{setting}", getattr(remote, setting), lowest)
+    above(f"{key}.remote.timeout_seconds", remote.timeout_seconds, 0)
+    if remote.server == "sglang":
+        unset(f"{key}.remote.model", remote.model, None, "a server of sglang has one model")
 
 
 def _check_rollout(config: Config) -> None:
@@ -437,12 +620,14 @@ def _check_rollout(config: Config) -> None:
 
 def _check_learner(learner: LearnerConfig, max_tokens: int) -> None:
     optimizer = learner.optimizer
-    one_of("learner.zero_stage", learner.zero_stage, (0, 1, 2))
+    one_of("learner.zero_stage", learner.zero_stage, (0, 1, 2, 3))
+    one_of("learner.precision", learner.precision, ("fp32", "bf16"))
     one_of("learner.optimizer.name", optimizer.name, ("muon", "adamw"))
     for key, value, lowest in (
         ("num_ranks", learner.num_ranks, 1),
         ("micro_batch_tokens", learner.micro_batch_tokens, max_tokens),
         ("grad_clip", learner.grad_clip, 0),
+        ("max_skipped_steps", learner.max_skipped_steps, 1),
         ("kl_tile_tokens", learner.kl_tile_tokens, 1),
         ("kl_tile_vocab", learner.kl_tile_vocab, 1),
         ("balance_loss", learner.balance_loss, 0),
@@ -456,10 +641,22 @@ def _check_learner(learner: LearnerConfig, max_tokens: int) -> None:
     for index, beta in enumerate(optimizer.betas):
         within(f"learner.optimizer.betas[{index}]", beta, 0, 1, below=True)
     above("learner.optimizer.eps", optimizer.eps, 0)
-    if learner.zero_stage > 0 and optimizer.name == "muon":
+    check_zero(learner)
+
+
+def check_zero(learner: LearnerConfig) -> None:
+    """Raises ConfigError for an optimizer that cannot be divided as `zero_stage` says."""
+    stage, name = learner.zero_stage, learner.optimizer.name
+    if stage == 3 and name == "muon":
         raise ConfigError(
-            f"learner.zero_stage={learner.zero_stage} with learner.optimizer.name=muon cannot work: ZeRO hands the "
-            "optimizer flat slices, Muon needs matrices; use zero_stage=0 or optimizer.name=adamw"
+            "learner.zero_stage=3 with learner.optimizer.name=muon cannot work: stage 3 divides each weight among the "
+            "ranks, and Muon needs whole matrices; use zero_stage 0, 1 or 2, or optimizer.name=adamw"
+        )
+    if learner.offload_optimizer and (stage == 0 or name == "muon"):
+        raise ConfigError(
+            f"learner.offload_optimizer=true with learner.zero_stage={stage} and learner.optimizer.name={name} cannot "
+            "work: it is ZeRO that moves AdamW's state to host memory; use zero_stage 1, 2 or 3 with "
+            "optimizer.name=adamw"
         )
 
 
@@ -479,6 +676,10 @@ def _check_runtime(config: Config) -> None:
     ):
         at_least(f"runtime.{key}", getattr(runtime, key), lowest)
     above("runtime.timeout_seconds", runtime.timeout_seconds, 0)
+    for phase, seconds in runtime.deadlines.items():
+        one_of("runtime.deadlines: the phase", phase, ("rollout", "score", "train", "checkpoint"))
+        above(f"runtime.deadlines.{phase}", seconds, 0)
+    at_least("runtime.max_restarts", runtime.max_restarts, 0)
     if runtime.kind == "local":
         if config.learner.num_ranks != 1:
             raise ConfigError(
@@ -486,6 +687,41 @@ def _check_runtime(config: Config) -> None:
                 "num_ranks=1"
             )
         unset("runtime.address", runtime.address, None, "runtime.kind=local joins no cluster")
+        for stage in ("grpo", "distill"):
+            ahead = getattr(config.stages, stage).max_staleness
+            if ahead > 0:
+                raise ConfigError(
+                    f"stages.{stage}.max_staleness={ahead} needs workers that sample while the learner trains, and "
+                    "runtime.kind=local does one thing after another; use runtime=ray or max_staleness=0"
+                )
+
+
+def _check_checkpoint(config: Config) -> None:
+    checkpoint = config.checkpoint
+    at_least("checkpoint.keep_last", checkpoint.keep_last, 1)
+    at_least("checkpoint.keep_best", checkpoint.keep_best, 0)
+    best = checkpoint.best_metric
+    if not re.fullmatch(r"eval/pass_at_1(/.+)?", best):
+        raise ConfigError(
+            f"checkpoint.best_metric={best} is not a metric to choose by; it must be eval/pass_at_1 (the mean over "
+            "domains) or eval/pass_at_1/<domain>"
+        )
+    domain = best.removeprefix("eval/pass_at_1").removeprefix("/")
+    if domain and domain not in config.data.domains:
+        raise ConfigError(
+            f"checkpoint.best_metric={best} names an unknown domain; data.domains has: {', '.join(config.data.domains)}"
+        )
+    if checkpoint.keep_best == 0:
+        unset("checkpoint.best_metric", best, CheckpointConfig().best_metric, "checkpoint.keep_best is 0")
+    elif not any(getattr(config.stages, stage).eval_every for stage in ("base", "sft", "grpo", "distill")):
+        raise ConfigError(
+            f"checkpoint.keep_best={checkpoint.keep_best} has nothing to choose by: no stage evaluates; set "
+            "stages.<stage>.eval_every"
+        )
+    if config.resume is not None and config.run.overwrite:
+        raise ConfigError(
+            f"resume={config.resume} goes on with a run and run.overwrite=true replaces it; choose one of the two"
+        )
 
 
 def _check_stage(key: str, stage: StageConfig) -> None:
@@ -509,7 +745,9 @@ def _check_stage(key: str, stage: StageConfig) -> None:
     match stage:
         case GrpoConfig():
             above(f"{key}.clip", stage.clip, 0)
+            at_least(f"{key}.max_staleness", stage.max_staleness, 0)
             at_least(f"{key}.kl_coefficient", stage.kl_coefficient, 0)
+            _check_correction(f"{key}.correction", stage.correction, "GRPO's surrogate holds the ratio itself")
             if stage.steps > 0 and stage.group_size < 2:
                 raise ConfigError(
                     f"{key}.group_size={stage.group_size} gives every trajectory an advantage of zero; it must be at "
@@ -521,8 +759,100 @@ def _check_stage(key: str, stage: StageConfig) -> None:
                     "it must be above 0"
                 )
         case DistillConfig():
+            _check_loss(key, stage)
             above(f"{key}.kl_temperature", stage.kl_temperature, 0)
+            at_least(f"{key}.reference_kl", stage.reference_kl, 0)
+            for index, token_id in enumerate(stage.masked_ids):
+                at_least(f"{key}.masked_ids[{index}]", token_id, 0)
+            at_least(f"{key}.max_staleness", stage.max_staleness, 0)
             one_of(f"{key}.hidden_dtype", stage.hidden_dtype, ("bfloat16", "float32"))
         case _:
             for setting, default in (("group_size", 1), ("temperature", 1.0)):
                 unset(f"{key}.{setting}", getattr(stage, setting), default, "demonstrations are not sampled")
+
+
+def _check_loss(key: str, stage: DistillConfig) -> None:
+    plain, loss = DistillConfig(), stage.loss
+    one_of(f"{key}.loss", loss, (*FULL_LOSSES, *TOPK_LOSSES, *SAMPLED_LOSSES))
+    for setting, losses in (
+        ("mix", ("mixed_kl",)),
+        ("beta", ("jensen_shannon",)),
+        ("top_k", TOPK_LOSSES),
+        ("advantage_clip", ("sampled_reverse_kl",)),
+        ("baseline", ("sampled_reverse_kl",)),
+    ):
+        if loss not in losses:
+            unset(f"{key}.{setting}", getattr(stage, setting), getattr(plain, setting), f"{key}.loss={loss} has none")
+    within(f"{key}.mix", stage.mix, 0, 1)
+    if not 0 < stage.beta < 1:
+        raise ConfigError(f"{key}.beta={stage.beta} is not in (0, 1); at the ends choose loss=forward_kl or reverse_kl")
+    at_least(f"{key}.top_k", stage.top_k, 1)
+    if stage.advantage_clip is not None:
+        above(f"{key}.advantage_clip", stage.advantage_clip, 0)
+    one_of(f"{key}.baseline", stage.baseline, ("none", "kl"))
+    is_sampled = loss in SAMPLED_LOSSES or loss == "topk_sampled_reverse_kl"
+    why = None if is_sampled else f"{key}.loss={loss} is no expectation over the sampled token, so it has no ratio"
+    _check_correction(f"{key}.correction", stage.correction, why)
+    unset(f"{key}.correction.opsm_delta", stage.correction.opsm_delta, None, "only GRPO's advantages have a sign")
+    if stage.steps > 0 and is_sampled and stage.temperature != stage.kl_temperature:
+        raise ConfigError(
+            f"{key}.temperature={stage.temperature} and {key}.kl_temperature={stage.kl_temperature} must be equal for "
+            f"loss={loss}: its tokens must be drawn from the distribution whose divergence it estimates"
+        )
+    if stage.steps > 0 and _has_ratio(stage.correction) and stage.temperature == 0:
+        raise ConfigError(f"{key}.temperature=0 cannot work with {key}.correction: greedy tokens have no ratio")
+
+
+def _check_correction(key: str, correction: CorrectionConfig, no_ratio: str | None) -> None:
+    """`no_ratio`: why importance weights make no sense here, if they do not."""
+    plain = CorrectionConfig()
+    one_of(f"{key}.ratio", correction.ratio, ("none", "tis", "mis", "icepop", "sequence_tis", "sequence_mis"))
+    if no_ratio is not None:
+        unset(f"{key}.ratio", correction.ratio, "none", no_ratio)
+    if correction.ratio == "none":
+        unset(f"{key}.high", correction.high, plain.high, f"{key}.ratio=none has no bounds")
+    if correction.ratio != "icepop":
+        unset(f"{key}.low", correction.low, plain.low, "only ratio=icepop has a lower bound")
+    above(f"{key}.low", correction.low, 0)
+    above(f"{key}.high", correction.high, correction.low)
+    for setting in ("max_mean_gap", "max_k3", "veto", "opsm_delta"):
+        at_least(f"{key}.{setting}", getattr(correction, setting), 0)
+
+
+def _has_ratio(correction: CorrectionConfig) -> bool:
+    """Whether anything of it compares policy and sampler."""
+    return correction != CorrectionConfig()
+
+
+def _check_sources(config: Config) -> None:
+    """What a distillation loss asks of its teachers and of the sampler."""
+    stage, sampling = config.stages.distill, config.rollout.sampling
+    if stage.steps == 0:
+        return
+    for name, teacher in config.teachers.items():
+        if teacher.family != "remote":
+            continue
+        if stage.loss in FULL_LOSSES or stage.baseline == "kl":
+            setting = f"loss={stage.loss}" if stage.loss in FULL_LOSSES else f"baseline={stage.baseline}"
+            raise ConfigError(
+                f"stages.distill.{setting} needs hidden states, and teachers.{name}.family=remote sends "
+                f"log-probabilities; choose one of {', '.join((*TOPK_LOSSES, *SAMPLED_LOSSES))} without a baseline"
+            )
+        if stage.loss in TOPK_LOSSES and teacher.remote.top_k < stage.top_k:
+            raise ConfigError(
+                f"teachers.{name}.remote.top_k={teacher.remote.top_k} is too small; stages.distill.loss={stage.loss} "
+                f"needs stages.distill.top_k={stage.top_k} of it"
+            )
+        if stage.kl_temperature != 1.0:
+            raise ConfigError(
+                f"stages.distill.kl_temperature={stage.kl_temperature} must be 1.0: the log-probabilities that "
+                f"teachers.{name}.family=remote sends are those of temperature 1"
+            )
+    truncates = sampling.top_p < 1.0 or sampling.top_k > 0 or sampling.min_p > 0
+    is_sampled = stage.loss in SAMPLED_LOSSES or stage.loss == "topk_sampled_reverse_kl"
+    if truncates and (is_sampled or _has_ratio(stage.correction)):
+        setting = f"loss={stage.loss}" if is_sampled else "correction"
+        raise ConfigError(
+            f"rollout.sampling.top_p={sampling.top_p}, min_p={sampling.min_p} and top_k={sampling.top_k} must be off "
+            f"(1.0, 0 and 0) with stages.distill.{setting}: it compares untruncated distributions on sampled tokens"
+        )

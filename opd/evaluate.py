@@ -20,7 +20,7 @@ from opd.chat import Chat
 from opd.config import Config, ModelConfig, SamplingConfig, TeacherConfig, teacher_routes
 from opd.data import Domain
 from opd.health import check_recovery
-from opd.types import Group
+from opd.types import Actor, Group
 from opd.verifiers import Verdict, verify
 from opd.weights import load_model_config
 from rollout.fleet import Fleet
@@ -104,9 +104,14 @@ def measure(
 
 
 def hire_fleet(config: Config, model: ModelConfig, chat: Chat, runtime: Runtime, device: str) -> Fleet:
-    """The rollout workers of a run, holding the architecture of `model.path` and no version yet."""
-    workers = [
-        runtime.spawn(
+    """The rollout workers of a run, holding the architecture of `model.path` and no version yet.
+
+    Their logs lie in the run's folder `wal`, one file per worker with its newest batch. A run has one fleet at a time
+    (`open_run` keeps other processes out): the next stage's takes the folder over.
+    """
+
+    def hire(index: int) -> Actor:
+        return runtime.spawn(
             RolloutWorker,
             model,
             config.rollout,
@@ -117,9 +122,10 @@ def hire_fleet(config: Config, model: ModelConfig, chat: Chat, runtime: Runtime,
             name=f"rollout worker {index}",
             num_gpus=config.runtime.gpus_per_worker,
         )
-        for index in range(config.rollout.num_workers)
-    ]
-    return Fleet(workers, config.runtime.timeout_seconds)
+
+    log_dir = None if config.rollout.wal == "none" else os.path.join(config.run.dir, "wal")
+    workers = [hire(index) for index in range(config.rollout.num_workers)]
+    return Fleet(workers, config.runtime.timeout_seconds, respawn=hire, log_dir=log_dir)
 
 
 def compare(

@@ -70,6 +70,13 @@ class Levels:
     grad_norm_spike: float = 10.0  # ours: factor over the recent median
     deaf_share: float = 1e-4  # ours: of FP4 codes changed per publish (update masking: QuRL, arXiv 2602.13953)
 
+    uniform_share: float = 0.98  # ours: of the largest entropy; weights as they were drawn have 0.99 and more
+    own_distance: float = 1e-6  # ours: nats within which a teacher says what the student says, at every token
+    own_distance_remote: float = 1e-3  # ours: the same of log-probabilities that came from another machine
+    teacher_kl: float = 10.0  # ours: nats/token; a teacher of another vocabulary is as far, one of another domain not
+    teacher_certain: float = 1e-4  # ours: nats/token; below it a teacher's distribution is one token
+    repeat_error: float = 0.02  # ours: share of the largest number, or nats; BF16 in another order differs by less
+
     recovery_collapsed: float = 0.2  # (student - base) / (teacher - base) of one domain
     recovery_good: float = 0.8  # ours: at least this counts as recovered
     recovery_spread: float = 0.3  # best minus worst domain
@@ -123,6 +130,7 @@ class Health:
             _grad_norm_spike,
             _verifier_errors,
             _deaf_policy,
+            _teacher_alarms,
         ):
             findings += rule(finite, self._history, self.levels)
         fresh: list[Finding] = []
@@ -449,6 +457,79 @@ def _deaf_policy(values: Mapping[str, float], history: History, levels: Levels) 
         "Raise learning_rate, or publish in higher precision (model.fp4=none)"
     )
     return [Finding(rule="deaf_policy", severity="warning", message=message)]
+
+
+def _teacher_alarms(values: Mapping[str, float], history: History, levels: Levels) -> list[Finding]:
+    """What `check_teacher` looks at before a run, in it: from what hosts and learner measured of each teacher."""
+    numbers: dict[str, dict[str, float]] = {}
+    for key, value in values.items():
+        if key.startswith("teacher/"):
+            teacher, _, name = key[len("teacher/") :].rpartition("/")
+            numbers.setdefault(teacher, {})[name] = value
+    findings: list[Finding] = []
+    for teacher, measured in numbers.items():
+        known = {name: measured[name] for name in ("entropy_share", "repeat_error") if name in measured}
+        if "reverse_kl" in measured:
+            known["kl"] = measured["reverse_kl"]
+            if len(history[f"teacher/{teacher}/reverse_kl"].recent) == 1:  # later it may well be what the student says
+                known["distance"] = abs(measured["reverse_kl"])
+        findings += check_teacher(teacher, known, levels)
+    return findings
+
+
+def check_teacher(teacher: str, numbers: Mapping[str, float], levels: Levels | None = None) -> list[Finding]:
+    """Judges one teacher by what is known of its scores; numbers that are missing switch their rules off.
+
+    `numbers`: finite (1 or 0), repeat_error, entropy_share (of the uniform distribution's), entropy, kl (mean
+    KL(student || teacher)), distance (the largest of one token), as `TeacherHost.examine` gives them; with a distance
+    but no kl, the teacher is remote and the distance one of log-probabilities. Severity "error": its scores cannot be
+    right, or cannot teach.
+    """
+    levels = levels or Levels()
+    own = levels.own_distance if "kl" in numbers else levels.own_distance_remote
+    # (rule, whether it fires, what was seen and what to do)
+    rules = (
+        (
+            "teacher_not_finite",
+            not numbers.get("finite", 1.0),
+            "its hidden states are not finite. Its checkpoint is damaged, or was trained until it broke",
+        ),
+        (
+            "teacher_not_repeatable",
+            numbers.get("repeat_error", 0.0) > levels.repeat_error,
+            f"asked the same twice it differs by {numbers.get('repeat_error', 0.0):.3g} (alarm: above "
+            f"{levels.repeat_error}). Something in it is drawn at random, or its server serves two models",
+        ),
+        (
+            "teacher_uniform",
+            numbers.get("entropy_share", 0.0) > levels.uniform_share,
+            f"its entropy is {numbers.get('entropy_share', 0.0):.1%} of the uniform distribution's (alarm: above "
+            f"{levels.uniform_share:.0%}): it knows nothing. Its weights were never trained, or not loaded",
+        ),
+        (
+            "teacher_certain",
+            numbers.get("entropy", 1.0) < levels.teacher_certain,
+            f"its entropy is {numbers.get('entropy', 1.0):.2g} nats/token (alarm: below {levels.teacher_certain:g}): "
+            "it gives all mass to one token everywhere. Its logits are scaled wrongly, or it has collapsed",
+        ),
+        (
+            "teacher_is_student",
+            numbers.get("distance", 1.0) <= own,
+            f"it says what the student says, to {numbers.get('distance', 1.0):.2g} nats at every token (alarm: up to "
+            f"{own:g}). It is the student itself and teaches nothing: check its path",
+        ),
+        (
+            "teacher_out_of_range",
+            numbers.get("kl", 0.0) > levels.teacher_kl,
+            f"KL(student || teacher) is {numbers.get('kl', 0.0):.1f} nats/token (alarm: above {levels.teacher_kl:g}). "
+            "It speaks of other tokens: check its vocabulary, its chat template and its domains",
+        ),
+    )
+    return [
+        Finding(rule=rule, severity="error", subject=teacher, message=f"teacher {teacher}: {seen}")
+        for rule, fires, seen in rules
+        if fires
+    ]
 
 
 def check_recovery(summary: Mapping[str, Any], levels: Levels | None = None) -> list[Finding]:

@@ -48,18 +48,32 @@ CATALOGUE: dict[str, str] = {
     "sft/nll/<domain>": "minus the log-probability of demonstrated tokens, mean [nats/token]",
     "sft/entropy/<domain>": "entropy of the policy's next-token distribution on demonstrations, mean [nats/token]",
     "sft/mtp_nll": "the same by the multi-token-prediction block, from one token less, all domains [nats/token]",
-    "distill/reverse_kl": "KL(student || teacher) over the whole vocabulary, mean of loss tokens [nats/token]",
+    "distill/reverse_kl": "KL(student || teacher) over the whole vocabulary, whatever the loss (remote teachers: its "
+    "estimate from the sampled tokens), mean of loss tokens [nats/token]",
     "distill/reverse_kl/<domain>": "the same, tokens of one domain [nats/token]",
     "distill/kl_max/<domain>": "largest KL(student || teacher) of one token [nats]",
     "distill/student_entropy/<domain>": "entropy of the student's next-token distribution, mean [nats/token]",
     "distill/teacher_entropy/<domain>": "entropy of the teacher's next-token distribution, mean [nats/token]",
     "distill/top1_agreement/<domain>": "share of positions where student and teacher have the same arg-max [0-1]",
+    "distill/kl_to_reference/<domain>": "KL(student || the policy that distillation started from) [nats/token]",
+    "distill/topk_student_mass/<domain>": "probability of the teacher's top k tokens under the student, mean [0-1]",
+    "distill/topk_teacher_mass/<domain>": "the same under the teacher; low means that k is too small [0-1]",
+    "distill/advantage_clip_share/<domain>": "share of tokens whose |log p - log q| is above advantage_clip [0-1]",
+    "distill/special_share/<domain>": "share of tokens that do not count because of masked_ids [0-1]",
+    "distill/ratio_truncated_share/<domain>": "share of tokens whose importance weight was cut to its bound [0-1]",
+    "distill/ratio_masked_share/<domain>": "share of tokens whose importance weight lies out of bounds, now 0 [0-1]",
+    "distill/geometric_share/<domain>": "share of tokens in trajectories dropped by correction.max_mean_gap [0-1]",
+    "distill/k3_share/<domain>": "share of tokens in trajectories dropped by correction.max_k3 [0-1]",
+    "distill/veto_share/<domain>": "share of tokens in trajectories dropped by correction.veto [0-1]",
     "distill/head_loads": "teacher heads loaded for this step; equals the number of distinct teachers [count]",
     "teacher/<teacher>/tokens": "loss tokens this teacher scored [tokens]",
     "teacher/<teacher>/token_share": "its share of all scored tokens [0-1]",
     "teacher/<teacher>/reverse_kl": "KL(student || this teacher), mean of its tokens [nats/token]",
     "teacher/<teacher>/score_seconds": "time it took to score [s]",
     "teacher/<teacher>/load_seconds": "time to bring its weights into memory [s]",
+    "teacher/<teacher>/wait_seconds": "the part of it that scoring had to wait for [s]",
+    "teacher/<teacher>/entropy_share": "its entropy at probed tokens over that of the uniform distribution, mean [0-1]",
+    "teacher/<teacher>/repeat_error": "difference of its log-sum-exps when asked the same twice, largest [nats]",
     "gap/k1": "mean of log mu - log p on sampled tokens, mu the sampler and p the learner's policy [nats/token]",
     "gap/k3": "mean of r - 1 - log r with r = p / mu, never negative [nats/token]",
     "gap/max_logprob_gap": "largest |log p - log mu| of one token [nats]",
@@ -68,6 +82,8 @@ CATALOGUE: dict[str, str] = {
     "gap/mean_ratio": "mean of r = p / mu",
     "rollout/tokens": "tokens sampled in this step [tokens]",
     "rollout/mean_length": "mean completion length [tokens]",
+    "rollout/staleness": "versions between a token's weights and those that learn from it, mean of loss tokens [count]",
+    "rollout/max_staleness": "the same, oldest loss token [count]",
     "rollout/max_length": "longest completion [tokens]",
     "rollout/truncated_share": "share of completions cut at the length limit [0-1]",
     "rollout/mean_length/<domain>": "mean completion length of one domain [tokens]",
@@ -79,6 +95,10 @@ CATALOGUE: dict[str, str] = {
     "grpo/entropy/<domain>": "entropy of the policy's next-token distribution on its rollouts, mean [nats/token]",
     "grpo/clip_share": "share of tokens whose ratio was clipped [0-1]",
     "grpo/kl_to_reference": "KL(policy || reference), unbiased estimate [nats/token]",
+    "grpo/geometric_share/<domain>": "share of tokens in trajectories dropped by correction.max_mean_gap [0-1]",
+    "grpo/k3_share/<domain>": "share of tokens in trajectories dropped by correction.max_k3 [0-1]",
+    "grpo/veto_share/<domain>": "share of tokens in trajectories dropped by correction.veto [0-1]",
+    "grpo/opsm_share/<domain>": "share of tokens in trajectories dropped by correction.opsm_delta [0-1]",
     "grpo/zero_advantage_share": "share of groups whose rewards are all equal and so teach nothing [0-1]",
     "fp4/changed_code_share": "share of FP4 codes that changed since the last publish [0-1]",
     "eval/pass_at_1/<domain>": "greedy accuracy on held-out prompts [0-1]",
@@ -170,8 +190,8 @@ class Metrics:
     `config` is the resolved configuration: it is stored with the W&B run (secrets redacted), its run.name is the W&B
     group (else the name of `run_dir`), and its `domain`, if set, is written to each line. `tracking.wandb` decides the
     W&B mode; the environment variable WANDB_MODE never does, and a warning says so when the two differ. The other
-    variables of W&B (WANDB_BASE_URL, WANDB_ENTITY, ...) hold where the configuration says nothing. A resumed stage is
-    a new W&B run of the same group.
+    variables of W&B (WANDB_BASE_URL, WANDB_ENTITY, ...) hold where the configuration says nothing. With the `wandb_id`
+    of an earlier part of the stage the W&B run is the same one, which keeps what it had of steps that come again.
 
     Online tracking that can not start raises ConfigError. Offline tracking that can not start, and either kind when it
     fails later, costs a warning. Offline tracking opens no connection.
@@ -185,12 +205,14 @@ class Metrics:
         stage: str,
         total_steps: int,
         quiet: bool = False,
+        wandb_id: str | None = None,
     ) -> None:
         os.makedirs(run_dir, exist_ok=True)
         self.path = os.path.join(run_dir, "metrics.jsonl")
         self._stage = stage
         self._domain: str | None = config.get("domain")
-        self._wandb = None if tracking.wandb == "disabled" else _start_wandb(run_dir, tracking, config, stage)
+        self._wandb = None if tracking.wandb == "disabled" else _start_wandb(run_dir, tracking, config, stage, wandb_id)
+        self.wandb_id: str | None = wandb_id if self._wandb is None else self._wandb.id
         self._file = _open_to_append(self.path)
         label = stage if self._domain is None else f"{stage} {self._domain}"
         self._progress = None if quiet else _ProgressLine(label, stage, total_steps)
@@ -254,7 +276,9 @@ def _open_to_append(path: str) -> IO[str]:
     return open(path, "a", encoding="utf-8")
 
 
-def _start_wandb(run_dir: str, tracking: TrackingConfig, config: dict[str, Any], stage: str) -> Any:
+def _start_wandb(
+    run_dir: str, tracking: TrackingConfig, config: dict[str, Any], stage: str, wandb_id: str | None
+) -> Any:
     """A started W&B run, or None (after a warning) when offline tracking can not start."""
     online = tracking.wandb == "online"
     instead = "Or choose tracking.wandb=offline and upload later with `wandb sync`, or tracking.wandb=disabled"
@@ -283,6 +307,8 @@ def _start_wandb(run_dir: str, tracking: TrackingConfig, config: dict[str, Any],
             project=tracking.project,
             entity=tracking.entity,
             mode="online" if online else "offline",
+            id=wandb_id,
+            resume="allow" if online and wandb_id else None,  # offline, runs of one id are joined when they are synced
             dir=run_dir,
             group=name or os.path.basename(os.path.abspath(run_dir)),
             job_type=stage,

@@ -8,10 +8,11 @@ A run is one folder, `<run.root>/<run.name>`:
     base/                           the common start: init/hf and a stage's folder
     specialists/<domain>/{sft,grpo} two stage folders, and hf, which is the teacher
     student/                        the distilled model's stage folder
-    <stage>/metrics.jsonl findings.jsonl wandb/ hf checkpoints/step_<n>/{hf,state}
+    <stage>/metrics.jsonl findings.jsonl wandb/ hf checkpoints/step_<n>/{hf,state,complete.json}
 
 Every command reads what earlier ones left there, so a pipeline can be run at once or piece by piece. A command checks
-first and writes afterwards: one that is refused leaves the folder as it was.
+first and writes afterwards: one that is refused leaves the folder as it was. With `resume` a command goes through the
+same lines: a stage whose last checkpoint is there is done, the one that has others goes on, the rest begins.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -33,13 +35,17 @@ from safetensors import SafetensorError, safe_open
 
 from opd.actors import Runtime
 from opd.chat import Chat, tokenizer_difference, train_tokenizer
+from opd.checkpoint import Checkpoint, newest_checkpoint, point_at, read_checkpoint
 from opd.config import Config, ConfigError, teacher_routes
+from opd.crew import pick_device
 from opd.data import Domain, domain_texts, load_domains
 from opd.evaluate import compare, write_summary
 from opd.health import check_recovery
 from opd.model import new_v4
+from opd.progress import check_start
 from opd.report import write_report
-from opd.train import clear, pick_device, train
+from opd.stop import Stop
+from opd.train import train
 from opd.weights import load_model_config, resolve_checkpoint, save_checkpoint
 from teachers.pool import check_teachers
 
@@ -107,55 +113,68 @@ def student_path(config: Config) -> str:
 
 
 def run_tokenizer(config: Config) -> None:
-    """Trains the run's own tokenizer. Raises ConfigError when the model brings one, and for an earlier one that may not
-    be overwritten."""
+    """Trains the run's own tokenizer, unless the run is resumed and has it. Raises ConfigError when the model brings
+    one, and for an earlier one that may not be overwritten."""
     if named := config.model.tokenizer or config.model.path:
         raise ConfigError(f"model.tokenizer or model.path is set: the tokenizer is the one of {named}")
     _refuse_existing(config, "tokenizer")
+    if config.resume and os.path.isdir(_tokenizer_path(config)):
+        log.info("%s is there", _tokenizer_path(config))
+        return
     chat = _trained_chat(config)
-    chat.save(_fresh(config, "tokenizer"))
+    _save_tokenizer(config, chat)
     log.info("%d entries, in %s", chat.vocab_size, _tokenizer_path(config))
 
 
-def run_base(config: Config, runtime: Runtime) -> None:
+def run_base(config: Config, runtime: Runtime, stop: Stop | None = None) -> None:
     """The common start: a fresh model (or `model.path`) and a short SFT on all domains."""
+    folder = os.path.join(config.run.dir, "base")
     _refuse_existing(config, "base")
+    checkpoint = _checkpoint(config, folder)
     is_own = not (config.model.tokenizer or config.model.path)
     is_new = is_own and (config.run.overwrite or not os.path.isdir(_tokenizer_path(config)))
-    chat = _trained_chat(config) if is_new else student_chat(config)
-    domains = load_domains(config, chat)
+    chat = _trained_chat(config) if is_new and checkpoint is None else student_chat(config)
+    domains = _examined(load_domains(config, chat), demonstrated=config.stages.base.steps > 0)
     start = config.model.path and _existing(config.model.path, config.model.revision)
-    model = None if start else new_v4(config.model, chat.vocab_size, config.seed)
-    folder = _fresh(config, "base")
-    if is_new:
-        chat.save(_fresh(config, "tokenizer"))
-    if model is not None:
+    model = None if start or checkpoint else new_v4(config.model, chat.vocab_size, config.seed)
+    _open_folder(config, "base", checkpoint)
+    if is_new and checkpoint is None:
+        _save_tokenizer(config, chat)
+    if start is None:
         start = os.path.join(folder, "init", "hf")
+    if model is not None:
         save_checkpoint(start, model, chat)
-    assert start is not None
-    _stage(config, "base", start, folder, domains, chat, runtime)
+    _stage(config, "base", start, folder, domains, chat, runtime, checkpoint, stop)
 
 
-def run_specialist(config: Config, runtime: Runtime, domain: str) -> None:
+def run_specialist(config: Config, runtime: Runtime, domain: str, stop: Stop | None = None) -> None:
     """SFT, then GRPO, on one domain; `specialists/<domain>/hf` is the teacher."""
     name = os.path.join("specialists", domain)
+    folder = os.path.join(config.run.dir, name)
     _refuse_existing(config, name)
+    sft = _checkpoint(config, os.path.join(folder, "sft"))
+    grpo = _checkpoint(config, os.path.join(folder, "grpo")) if sft is not None else None
     start = _existing(base_path(config), config.model.revision, "run `opd base` first, or set model.path")
     chat = student_chat(config)
-    domains = load_domains(config, chat, [domain])
-    folder = _fresh(config, name)
-    for stage in ("sft", "grpo"):
-        start = _stage(config, stage, start, os.path.join(folder, stage), domains, chat, runtime)
-    os.symlink(os.path.join("grpo", "hf"), os.path.join(folder, "hf"))
+    domains = _examined(load_domains(config, chat, [domain]), demonstrated=config.stages.sft.steps > 0)
+    _open_folder(config, name, sft)
+    for stage, checkpoint in (("sft", sft), ("grpo", grpo)):
+        start = _stage(config, stage, start, os.path.join(folder, stage), domains, chat, runtime, checkpoint, stop)
+    if not os.path.lexists(os.path.join(folder, "hf")):
+        os.symlink(os.path.join("grpo", "hf"), os.path.join(folder, "hf"))
 
 
-def run_distill(config: Config, runtime: Runtime) -> None:
+def run_distill(config: Config, runtime: Runtime, stop: Stop | None = None) -> None:
     """All teachers into one student, on-policy."""
+    folder = os.path.join(config.run.dir, "student")
     _refuse_existing(config, "student")
+    checkpoint = _checkpoint(config, folder)
     chat, domains, lines = _survey(config)
     for line in lines:
         log.info("%s", line)
-    _stage(config, "distill", base_path(config), _fresh(config, "student"), domains, chat, runtime)
+    _examined(domains, demonstrated=False)
+    _open_folder(config, "student", checkpoint)
+    _stage(config, "distill", base_path(config), folder, domains, chat, runtime, checkpoint, stop)
 
 
 def run_evaluate(config: Config, runtime: Runtime) -> dict[str, Any]:
@@ -176,7 +195,7 @@ def run_evaluate(config: Config, runtime: Runtime) -> dict[str, Any]:
     return summary
 
 
-def run_quickstart(config: Config, runtime: Runtime) -> dict[str, Any]:
+def run_quickstart(config: Config, runtime: Runtime, stop: Stop | None = None) -> dict[str, Any]:
     """The whole chain, and how to repeat each link of it. What is known to fail later is refused at the start."""
     specialists = {domain: os.path.join("specialists", domain) for domain in config.data.domains}
     for name in ("base", *specialists.values(), "student"):
@@ -192,19 +211,21 @@ def run_quickstart(config: Config, runtime: Runtime) -> dict[str, Any]:
         log.info("[%d/%d] %s  ($ opd %s experiment=quickstart)", number, total, what, command)
 
     announce(1, "base", "tokenizer and base model: a short SFT on all domains")
-    run_base(config, runtime)
+    run_base(config, runtime, stop)
     for number, domain in enumerate(config.data.domains):
         announce(2 + number, f"specialist domain={domain}", f"specialist for {domain}: SFT, then GRPO")
-        run_specialist(config, runtime, domain)
+        run_specialist(config, runtime, domain, stop)
     announce(total - 1, "distill", "on-policy distillation of all specialists into one student")
-    run_distill(config, runtime)
+    run_distill(config, runtime, stop)
     announce(total, "evaluate", "evaluation of base, teachers and student")
     return run_evaluate(config, runtime)
 
 
 def check(config: Config) -> list[str]:
     """What `opd distill` would do, line by line: routing, memory; raises ConfigError for what cannot work."""
-    return _survey(config)[2]
+    _, domains, lines = _survey(config)
+    _examined(domains, demonstrated=False)
+    return lines
 
 
 def _survey(config: Config) -> tuple[Chat, dict[str, Domain], list[str]]:
@@ -257,17 +278,89 @@ def memory_estimate(config: Config) -> list[str]:
     return lines
 
 
+def _checkpoint(config: Config, folder: str) -> Checkpoint | None:
+    """What a stage's folder goes on from; None: it begins. Raises ConfigError for a checkpoint that is not whole."""
+    if config.resume is None:
+        return None
+    if os.path.dirname(os.path.dirname(os.path.abspath(config.resume))) == os.path.abspath(folder):
+        return read_checkpoint(config.resume)
+    return newest_checkpoint(folder)
+
+
+def check_resume(config: Config, command: str) -> None:
+    """Raises ConfigError when `resume` is a folder from which the command cannot go on."""
+    stages = {
+        "base": ["base"],
+        "specialist": [os.path.join("specialists", config.domain or "", stage) for stage in ("sft", "grpo")],
+        "distill": ["student"],
+    }.get(command, [])
+    if config.resume in (None, "auto"):
+        return
+    folders = [os.path.join(config.run.dir, stage, "checkpoints") for stage in stages]
+    if not folders:
+        raise ConfigError(f"resume={config.resume} is not allowed: opd {command} goes on with resume=auto or null")
+    folder = os.path.abspath(config.resume)
+    if os.path.dirname(folder) not in map(os.path.abspath, folders) or not os.path.isdir(folder):
+        raise ConfigError(
+            f"resume={config.resume} is neither auto nor a folder step_<n> in {' or '.join(folders)}; other weights to "
+            "start from are model.path"
+        )
+
+
+def _open_folder(config: Config, name: str, checkpoint: Checkpoint | None) -> None:
+    """The folder of a stage, empty unless the stage goes on, and the configuration on record: from here on the command
+    writes."""
+    folder = os.path.join(config.run.dir, name)
+    if checkpoint is None:
+        _clear(folder)
+    os.makedirs(folder, exist_ok=True)
+    _record(config)
+
+
+def _clear(folder: str) -> None:
+    if os.path.isdir(folder):
+        if os.listdir(folder):
+            log.info("%s has nothing to go on from; it begins", folder)
+        shutil.rmtree(folder)
+
+
+def _examined(domains: dict[str, Domain], *, demonstrated: bool) -> dict[str, Domain]:
+    for domain in domains.values():
+        domain.examine(demonstrated=demonstrated)
+    return domains
+
+
 def _stage(
-    config: Config, stage: str, start: str, folder: str, domains: dict[str, Domain], chat: Chat, runtime: Runtime
+    config: Config,
+    stage: str,
+    start: str,
+    folder: str,
+    domains: dict[str, Domain],
+    chat: Chat,
+    runtime: Runtime,
+    checkpoint: Checkpoint | None,
+    stop: Stop | None,
 ) -> str:
     """One call of `train`, with a seed of the stage's own: no two stages see prompts in the same order."""
     order = ("base", "sft", "grpo", "distill").index(stage)
     seeded = replace(config, seed=config.seed * 4 + order)
-    started = time.perf_counter()
-    end = train(seeded, stage, start=start, run_dir=folder, domains=domains, chat=chat, runtime=runtime)
-    with open(os.path.join(folder, "seconds.json"), "w", encoding="ascii") as file:
-        json.dump({stage: round(time.perf_counter() - started, 1)}, file)
-    return end
+    if checkpoint is not None:
+        check_start(checkpoint, start, config.run.dir)
+        if checkpoint.step >= getattr(config.stages, stage).steps:
+            log.info("%s is done", folder)
+            return point_at(folder, checkpoint)
+        log.info("%s goes on from step %d", folder, checkpoint.step)
+    return train(
+        seeded,
+        stage,
+        start=start,
+        run_dir=folder,
+        domains=domains,
+        chat=chat,
+        runtime=runtime,
+        checkpoint=checkpoint,
+        stop=stop,
+    )
 
 
 def _tokenizer_path(config: Config) -> str:
@@ -280,28 +373,32 @@ def _trained_chat(config: Config) -> Chat:
     return Chat(train_tokenizer(texts, config.tokenizer.vocab_size))
 
 
+def _save_tokenizer(config: Config, chat: Chat) -> None:
+    """As a whole: a resumed run takes the folder for a tokenizer that is finished."""
+    folder, unfinished = _tokenizer_path(config), os.path.join(config.run.dir, ".tokenizer.unfinished")
+    for old in (folder, unfinished):
+        if os.path.isdir(old):
+            shutil.rmtree(old)
+    chat.save(unfinished)
+    os.rename(unfinished, folder)
+    _record(config)
+
+
 def _refuse_existing(config: Config, name: str) -> None:
-    """Raises ConfigError when a folder of the run holds an earlier one and run.overwrite is false."""
+    """Raises ConfigError when a folder of the run holds an earlier one, and it is neither resumed nor overwritten."""
     folder = os.path.join(config.run.dir, name)
-    if not config.run.overwrite and os.path.isdir(folder) and os.listdir(folder):
+    if not (config.resume or config.run.overwrite) and os.path.isdir(folder) and os.listdir(folder):
         raise ConfigError(
-            f"run.name={config.run.name}: {folder} already holds a run; choose another run.name, or replace it with "
-            "run.overwrite=true"
+            f"run.name={config.run.name}: {folder} already holds a run; go on with it by resume=auto, replace it by "
+            "run.overwrite=true, or choose another run.name"
         )
 
 
-def _fresh(config: Config, name: str) -> str:
-    """The folder of a stage, empty, and the configuration on record: from here on the command writes."""
-    folder = os.path.join(config.run.dir, name)
-    clear(folder)
-    os.makedirs(folder)
-    _record(config)
-    return folder
-
-
 def _record(config: Config) -> None:
-    with open(os.path.join(config.run.dir, "config.yaml"), "w", encoding="utf-8") as file:
+    path = os.path.join(config.run.dir, "config.yaml")
+    with open(f"{path}.partial", "w", encoding="utf-8") as file:
         yaml.safe_dump(asdict(config), file, sort_keys=False)
+    os.replace(f"{path}.partial", path)
 
 
 def _existing(path: str, revision: str | None, otherwise: str = "") -> str:
@@ -330,14 +427,13 @@ def _findings(run_dir: str) -> list[dict[str, Any]]:
 
 
 def _seconds(run_dir: str) -> dict[str, float]:
-    """Seconds of every stage, specialists under "<stage> <domain>"."""
+    """Seconds of every stage, specialists under "<stage> <domain>"; of steps that were lost and done again, once."""
     seconds = {}
-    for folder, _, files in sorted(os.walk(run_dir)):
-        if "seconds.json" in files:
-            parts = os.path.relpath(folder, run_dir).split(os.sep)
-            with open(os.path.join(folder, "seconds.json"), encoding="ascii") as file:
-                for stage, value in json.load(file).items():
-                    seconds[f"{stage} {parts[1]}" if parts[0] == "specialists" else stage] = value
+    for folder, folders, _ in sorted(os.walk(run_dir)):
+        checkpoint = newest_checkpoint(folder, contents=False) if "checkpoints" in folders else None
+        if checkpoint is not None:
+            stage, domain = checkpoint.record["stage"], checkpoint.record["domain"]
+            seconds[f"{stage} {domain}" if stage in ("sft", "grpo") else stage] = checkpoint.record["seconds"]
     return seconds
 
 

@@ -1,11 +1,14 @@
 """The loop, for every stage: act, judge, learn, publish, log.
 
 Stages differ in two places only. SFT (`base`, `sft`) acts by demonstration and its signal says "these tokens"; GRPO
-and OPD act by sampling, and judge by a verifier or by teachers. Everything else of a step is the same lines of `train`.
+and OPD act by sampling, and judge by a verifier or by teachers. The rest of a step is the same lines of `_steps`.
 
 A step consumes prompts and weights of version v, and produces weights of version v + 1. Each phase waits for the one
 before it: rollout for the published version, scoring for all rollouts, the learner for all signals, publish for the
-learner. Checkpoints and evaluations happen between two steps.
+learner. With `max_staleness` rollouts are begun that many steps earlier (`opd.ahead`), and nothing else changes. A
+checkpoint is begun between two steps, and waited for between the next two.
+
+An actor that dies or hangs costs the steps since the last checkpoint: `train` hires everybody anew and goes on there.
 """
 
 from __future__ import annotations
@@ -13,60 +16,27 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
-from typing import Any
-
-import torch
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 from opd.actors import Runtime
+from opd.ahead import Ahead
 from opd.batching import Plan, plan
 from opd.chat import Chat
-from opd.config import Config, ConfigError, SamplingConfig, StageConfig, teacher_routes
-from opd.data import Domain, PromptStream
-from opd.evaluate import hire_fleet, judge, measure
-from opd.health import Health
-from opd.learner import Learner, LearnerSettings, merge_stats
+from opd.checkpoint import RESTARTED, Checkpoint, Saver, newest_checkpoint, rewind
+from opd.config import Config, DistillConfig, GrpoConfig, SamplingConfig, TeacherConfig
+from opd.crew import SAMPLES, Crew, Signals, demonstrations, hire
+from opd.data import Domain
+from opd.evaluate import judge, measure
+from opd.health import Finding
+from opd.learner import merge_stats
 from opd.losses import group_advantages
-from opd.metrics import Metrics
-from opd.model import with_path
-from opd.types import Actor, Advantage, Demonstration, Group, Signal, TeacherHead, TeacherHidden
-from rollout.fleet import Fleet
-from teachers.local import TeacherHost
-from teachers.pool import TeacherPool, place
+from opd.observe import Clock, reward_metrics, rollout_metrics
+from opd.progress import Progress, Stage
+from opd.stop import Stop, Stopped
+from opd.types import Advantage, Demonstration, Group, Prompt
 
 log = logging.getLogger(__name__)
-
-SAMPLES = ("grpo", "distill")  # stages that act by sampling
-Signals = Sequence[Sequence[Signal | tuple[TeacherHidden, ...]]]
-
-
-@dataclass(slots=True, kw_only=True)
-class Crew:
-    """The actors of a stage. `fleet` is there for stages that sample or evaluate, `pool` for distillation."""
-
-    learners: list[Actor]
-    fleet: Fleet | None = None
-    pool: TeacherPool | None = None
-    hosts: list[Actor] = field(default_factory=list)
-    heads: dict[str, TeacherHead] = field(default_factory=dict)
-    timeout_seconds: float = 0.0
-
-    def on_all_ranks(self, method: str, *args: Any) -> list[Any]:
-        """Calls a method on every learner rank at once, since ranks meet in collectives."""
-        futures = [learner.submit(method, *args) for learner in self.learners]
-        return [future.result(self.timeout_seconds) for future in futures]
-
-    def publish(self, version: int) -> None:
-        """One FP4 snapshot of the learner's weights, put once, read by every worker."""
-        if self.fleet is not None:
-            self.fleet.load(self.learners[0].submit("publish", version).result(self.timeout_seconds))
-
-    def actors(self) -> list[Actor]:
-        return self.learners + self.hosts + (self.fleet.workers if self.fleet is not None else [])
 
 
 def train(
@@ -78,78 +48,128 @@ def train(
     domains: Mapping[str, Domain],
     chat: Chat,
     runtime: Runtime,
+    checkpoint: Checkpoint | None = None,
+    stop: Stop | None = None,
 ) -> str:
     """Trains `start` (a checkpoint folder) through one stage; returns the folder of the weights it ends with.
 
     `stage` is base, sft, grpo or distill. Writes metrics.jsonl, findings.jsonl and checkpoints/ into `run_dir`, and
-    leaves `run_dir`/hf pointing at the newest checkpoint's weights. Raises ConfigError for what the configuration got
-    wrong and RuntimeError when an actor dies.
+    leaves `run_dir`/hf pointing at the newest checkpoint's weights. With `checkpoint`, the stage goes on from there: on
+    the layout that wrote it, and without `max_staleness`, bit for bit as if it had never stopped. When an actor dies or
+    misses its deadline, the stage goes on from the newest checkpoint with fresh actors, at most `runtime.max_restarts`
+    times in a row without a new checkpoint.
+
+    Raises Stopped when `stop` was asked for, once the step is saved; ConfigError for what the configuration got wrong;
+    and what ended an actor that is not to be replaced any more.
     """
-    settings: StageConfig = getattr(config.stages, stage)
-    names = list(domains)
+    this = Stage(config=config, name=stage, start=start, run_dir=run_dir, domains=domains, chat=chat)
     os.makedirs(run_dir, exist_ok=True)
-    record = {**asdict(config), "domain": names[0] if len(names) == 1 else None}
-    crew = _hire(config, stage, start, chat, runtime)
-    health, stream = Health(), PromptStream(dict(domains), config.seed)
-    try:
-        with Metrics(run_dir, config.tracking, record, stage, settings.steps) as metrics:
-            crew.publish(0)
-            for step in range(settings.steps):
-                clock = Clock()
-                with clock.phase("rollout"):
-                    groups = _act(config, stage, settings, crew, stream.next(settings.prompts_per_step), domains, step)
-                with clock.phase("score"):
-                    signals, values = _judge(stage, crew, groups, domains, chat)
-                with clock.phase("train"):
-                    work = _plan(config, groups, signals)
-                    values |= merge_stats(crew.on_all_ranks("step", work, crew.heads)) if work else {}
-                last = step + 1 == settings.steps
-                evaluates = settings.eval_every and (last or (step + 1) % settings.eval_every == 0)
-                if stage in SAMPLES or evaluates:
-                    with clock.phase("publish"):
-                        crew.publish(step + 1)
-                if crew.fleet is not None and evaluates:
-                    with clock.phase("evaluate"):
-                        values |= _evaluate(config, crew.fleet, domains, chat, step + 1)
-                if last or (settings.checkpoint_every and (step + 1) % settings.checkpoint_every == 0):
-                    with clock.phase("checkpoint"):
-                        _save(crew, run_dir, step + 1, chat, stream)
-                values |= clock.metrics(groups) | {"policy/version": step + 1}
-                metrics.log(step + 1, values)
-                _report(health, step + 1, stage, values, run_dir)
-            if settings.steps == 0:
-                _save(crew, run_dir, 0, chat, stream)
-    finally:
-        runtime.dismiss(crew.actors())
-    return os.path.join(run_dir, "hf")
+    restarts, first = 0, checkpoint.step if checkpoint else 0
+    while True:
+        rewind(run_dir, first)
+        progress = Progress(this, checkpoint)
+        crew = hire(config, stage, start, run_dir, chat, runtime)
+        failed = True
+        try:
+            _meet(this, crew, checkpoint)
+            _steps(this, crew, progress, stop or Stop())
+            failed = False
+            return os.path.join(run_dir, "hf")
+        except (RuntimeError, TimeoutError) as error:
+            name = crew.casualty(error)
+            if name is None:
+                raise
+            doing = crew.doing()
+            checkpoint = newest_checkpoint(run_dir) or checkpoint
+            reached = checkpoint.step if checkpoint else 0
+            restarts, first = (restarts + 1 if reached == first else 1), reached
+            if restarts > config.runtime.max_restarts:
+                error.add_note(f"given up: runtime.max_restarts={config.runtime.max_restarts} from step {first}")
+                error.add_note(f"the actors at that moment: {doing}")
+                raise
+            what = "; ".join([str(error), *getattr(error, "__notes__", ())])
+            message = f"{what}. The actors at that moment: {doing}. The stage goes on from step {first} with fresh ones"
+        finally:
+            crew.dismiss(runtime, failed=failed)
+        _report(this, first, [Finding(rule=RESTARTED, severity="warning", message=message, subject=name)])
 
 
-def _act(
-    config: Config,
-    stage: str,
-    settings: StageConfig,
-    crew: Crew,
-    prompts: Sequence[Any],
-    domains: Mapping[str, Domain],
-    step: int,
-) -> list[Group]:
-    """Demonstrations, or the policy's own completions under the version published last."""
-    if stage not in SAMPLES:
-        return [Group(prompt=p, trajectories=(domains[p.domain].demonstration(p),)) for p in prompts]
+def _meet(stage: Stage, crew: Crew, checkpoint: Checkpoint | None) -> None:
+    """Everybody ready for the first step, or for the one after the checkpoint."""
+    crew.meet()
+    if crew.pool is not None:
+        model = stage.config.model
+        student = TeacherConfig(path=stage.start, family=model.family, revision=model.revision)
+        crew.meet_teachers(stage.config.pool, demonstrations(stage.domains) if checkpoint is None else [], student)
+    if checkpoint is not None:  # last: in one process, whatever is loaded moves the random state that it sets
+        crew.on_all_ranks("load", checkpoint.folder)
+
+
+def _steps(stage: Stage, crew: Crew, progress: Progress, stop: Stop) -> None:
+    """The steps of the stage that are left."""
+    settings, chat = stage.settings, stage.chat
+    saver = Saver(stage.run_dir, stage.config.checkpoint, crew.on_all_ranks)
+    ahead = Ahead(
+        crew,
+        progress.stream,
+        lambda step, version, prompts: _act(stage, crew, step, version, prompts),
+        steps=range(progress.first, settings.steps),
+        prompts_per_step=settings.prompts_per_step,
+        max_staleness=settings.max_staleness if isinstance(settings, GrpoConfig | DistillConfig) else 0,
+    )
+    with stop.at_step_ends(), ahead, saver, progress.metrics() as metrics:
+        ahead.publish(progress.first)
+        for step in range(progress.first, settings.steps):
+            clock = Clock(step)
+            with clock.phase("rollout"):
+                groups = ahead.take(step)
+            with clock.phase("score"):
+                signals, values = _judge(stage, crew, groups, step)
+            with clock.phase("train"):
+                work = _plan(stage, groups, signals)
+                values |= merge_stats(crew.on_all_ranks("step", work, crew.heads)) if work else {}
+                crew.free(signals)
+            last = step + 1 == settings.steps
+            evaluates = settings.eval_every > 0 and (last or (step + 1) % settings.eval_every == 0)
+            if stage.name in SAMPLES or evaluates:
+                with clock.phase("publish"):
+                    ahead.publish(step + 1)
+            if evaluates:
+                with clock.phase("evaluate"):
+                    values |= ahead.measure(lambda version: _evaluate(stage, crew, version))
+            with clock.phase("checkpoint"):
+                saver.settle()
+                if last or stop.asked or _is_due(stage, step + 1, evaluates):
+                    saver.begin(step + 1, progress.files(step + 1, ahead.position(), values, metrics), chat)
+            values |= clock.metrics(groups, ahead.seconds) | {"policy/version": step + 1}
+            metrics.log(step + 1, values)
+            _report(stage, step + 1, progress.health.check(step + 1, values))
+            if stop.asked:
+                break
+        if settings.steps == 0:
+            saver.begin(0, progress.files(0, ahead.position(), {}, metrics), chat)
+        saver.finish()
+        if stop.asked:
+            raise Stopped
+
+
+def _act(stage: Stage, crew: Crew, step: int, version: int, prompts: Sequence[Prompt]) -> list[Group]:
+    """Demonstrations, or the policy's own completions under `version`, which is published."""
+    if stage.name not in SAMPLES:
+        return [Group(prompt=p, trajectories=(stage.domains[p.domain].demonstration(p),)) for p in prompts]
     assert crew.fleet is not None
-    sampling = SamplingConfig(**asdict(config.rollout.sampling), temperature=settings.temperature)
-    return crew.fleet.generate(prompts, settings.group_size, sampling, version=step, tag=f"{stage}/{step}")
+    sampling = SamplingConfig(**asdict(stage.config.rollout.sampling), temperature=stage.settings.temperature)
+    tag = f"{stage.name}/{step}"
+    return crew.fleet.generate(prompts, stage.settings.group_size, sampling, version=version, tag=tag)
 
 
-def _judge(
-    stage: str, crew: Crew, groups: Sequence[Group], domains: Mapping[str, Domain], chat: Chat
-) -> tuple[Signals, dict[str, float]]:
+def _judge(stage: Stage, crew: Crew, groups: Sequence[Group], version: int) -> tuple[Signals, dict[str, float]]:
     """The signal of every trajectory, and what was learnt about the rollouts on the way."""
-    if stage not in SAMPLES:
+    if stage.name not in SAMPLES:
         return [[Demonstration() for _ in group.trajectories] for group in groups], {}
-    verdicts = judge(groups, domains, chat)
-    values = _rollout_metrics(groups) | _reward_metrics(groups, verdicts)
-    if stage == "distill":
+    verdicts = judge(groups, stage.domains, stage.chat)
+    values = rollout_metrics(groups, version) | reward_metrics(groups, verdicts)
+    if stage.name == "distill":
         assert crew.pool is not None
         signals = crew.pool.score(groups)
         return signals, values | crew.pool.metrics()
@@ -158,12 +178,12 @@ def _judge(
     return [[Advantage(value=value) for value in row] for row in advantages], values
 
 
-def _plan(config: Config, groups: list[Group], signals: Signals) -> Plan | None:
+def _plan(stage: Stage, groups: list[Group], signals: Signals) -> Plan | None:
     """The step's work; None when GRPO has nothing to say because every group was all right or all wrong."""
     kept = [index for index, row in enumerate(signals) if not all(s == Advantage(value=0.0) for s in row)]
     if not kept:
         return None
-    learner = config.learner
+    learner = stage.config.learner
     return plan(
         [groups[index] for index in kept],
         [signals[index] for index in kept],
@@ -172,110 +192,30 @@ def _plan(config: Config, groups: list[Group], signals: Signals) -> Plan | None:
     )
 
 
-def _hire(config: Config, stage: str, start: str, chat: Chat, runtime: Runtime) -> Crew:
-    """Starts the actors of a stage, so that slow constructors overlap."""
-    settings: StageConfig = getattr(config.stages, stage)
-    device = pick_device(config)
-    model = with_path(config.model, os.path.abspath(start) if os.path.isdir(start) else start)
-    address, port = runtime.free_port()
-    learners = [
-        runtime.spawn(
-            Learner,
-            LearnerSettings(
-                model=model,
-                learner=config.learner,
-                stage=settings,
-                total_steps=settings.steps,
-                seed=config.seed,
-                rank=rank,
-                world_size=config.learner.num_ranks,
-                master_address=address,
-                master_port=port,
-                device=device,
-                threads=config.runtime.actor_threads,
-            ),
-            runtime.store,
-            name=f"learner rank {rank}",
-            num_gpus=config.runtime.gpus_per_rank,
-        )
-        for rank in range(config.learner.num_ranks)
-    ]
-    crew = Crew(learners=learners, timeout_seconds=config.runtime.timeout_seconds)
-    if stage in SAMPLES or settings.eval_every:
-        crew.fleet = hire_fleet(config, model, chat, runtime, device)
-    if stage == "distill":
-        routes = teacher_routes(config)
-        teachers = {
-            name: replace(teacher, path=os.path.abspath(teacher.path) if os.path.isdir(teacher.path) else teacher.path)
-            for name, teacher in config.teachers.items()
-        }
-        work = dict.fromkeys(teachers, 0.0)
-        for domain, served_by in routes.items():
-            for teacher, _ in served_by:
-                work[teacher] += config.data.domains[domain].weight
-        placement = place(teachers, config.runtime.num_teacher_hosts, work)
-        crew.hosts = [
-            runtime.spawn(
-                TeacherHost,
-                {name: teacher for name, teacher in teachers.items() if placement[name] == host},
-                runtime.store,
-                fp4=config.model.fp4,
-                fp4_index=config.model.fp4_index,
-                threads=config.runtime.actor_threads,
-                device=device,
-                micro_batch_tokens=config.learner.micro_batch_tokens,
-                hidden_dtype=torch.float32 if config.stages.distill.hidden_dtype == "float32" else torch.bfloat16,
-                name=f"teacher host {host}",
-                num_gpus=config.runtime.gpus_per_teacher,
-            )
-            for host in sorted(set(placement.values()))
-        ]
-        crew.pool = TeacherPool(crew.hosts, routes, placement, config.runtime.timeout_seconds)
-        crew.heads = crew.pool.heads()
-    return crew
-
-
-def pick_device(config: Config) -> str:
-    """cuda when it was asked for, or is there and the run may choose. Raises ConfigError when it is not there."""
-    available = torch.cuda.is_available()
-    if config.runtime.device == "cuda" and not available:
-        raise ConfigError("runtime.device=cuda, but no CUDA device is available; choose auto or cpu")
-    return "cuda" if available and config.runtime.device != "cpu" else "cpu"
-
-
-def _evaluate(
-    config: Config, fleet: Fleet, domains: Mapping[str, Domain], chat: Chat, version: int
-) -> dict[str, float]:
+def _evaluate(stage: Stage, crew: Crew, version: int) -> dict[str, float]:
+    assert crew.fleet is not None
     scores = measure(
-        fleet,
-        domains,
-        chat,
+        crew.fleet,
+        stage.domains,
+        stage.chat,
         version=version,
         samples=0,
-        temperature=config.eval.temperature,
-        max_new_tokens=config.rollout.sampling.max_new_tokens,
-        limit=config.eval.inline_prompts,
+        temperature=stage.config.eval.temperature,
+        max_new_tokens=stage.config.rollout.sampling.max_new_tokens,
+        limit=stage.config.eval.inline_prompts,
     )
     accuracy = {f"eval/pass_at_1/{name}": score.pass_at_1 for name, score in scores.items()}
     return accuracy | {f"eval/mean_length/{name}": score.mean_length for name, score in scores.items()}
 
 
-def _save(crew: Crew, run_dir: str, step: int, chat: Chat, stream: PromptStream) -> None:
-    """checkpoints/step_<n>/{hf,state}, then `hf` points at it; an unfinished one is never pointed at."""
-    folder = os.path.abspath(os.path.join(run_dir, "checkpoints", f"step_{step}"))
-    crew.on_all_ranks("save", folder, chat)
-    with open(os.path.join(folder, "state", "data.json"), "w", encoding="utf-8") as file:
-        json.dump(stream.state(), file)
-    link, fresh = os.path.join(run_dir, "hf"), os.path.join(run_dir, ".hf.next")
-    if os.path.lexists(fresh):
-        os.unlink(fresh)
-    os.symlink(os.path.join("checkpoints", f"step_{step}", "hf"), fresh)
-    os.replace(fresh, link)
+def _is_due(stage: Stage, step: int, evaluated: bool) -> bool:
+    every = stage.settings.checkpoint_every
+    return (every > 0 and step % every == 0) or (evaluated and stage.config.checkpoint.keep_best > 0)
 
 
-def _report(health: Health, step: int, stage: str, values: Mapping[str, float], run_dir: str) -> None:
-    """Rules that fired: to the log, and to findings.jsonl for the report."""
-    for finding in health.check(step, values):
+def _report(stage: Stage, step: int, findings: Sequence[Finding]) -> None:
+    """What was found: to the log, and to findings.jsonl for the report."""
+    for finding in findings:
         level = {"info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR}[finding.severity]
         log.log(level, "%s: %s", finding.rule, finding.message)
         line = {
@@ -284,64 +224,7 @@ def _report(health: Health, step: int, stage: str, values: Mapping[str, float], 
             "subject": finding.subject,
             "message": finding.message,
             "step": step,
-            "stage": stage,
+            "stage": stage.name,
         }
-        with open(os.path.join(run_dir, "findings.jsonl"), "a", encoding="utf-8") as file:
+        with open(os.path.join(stage.run_dir, "findings.jsonl"), "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-
-
-def _rollout_metrics(groups: Sequence[Group]) -> dict[str, float]:
-    values: dict[str, float] = {}
-    trajectories = [trajectory for group in groups for trajectory in group.trajectories]
-    lengths = [trajectory.num_loss_tokens for trajectory in trajectories]
-    cut = [trajectory.finish_reason == "length" for trajectory in trajectories]
-    values["rollout/tokens"] = sum(lengths)
-    values["rollout/max_length"] = max(lengths)
-    for name in ("", *dict.fromkeys(trajectory.domain for trajectory in trajectories)):
-        rows = [i for i, trajectory in enumerate(trajectories) if name in ("", trajectory.domain)]
-        suffix = f"/{name}" if name else ""
-        values[f"rollout/mean_length{suffix}"] = sum(lengths[i] for i in rows) / len(rows)
-        values[f"rollout/truncated_share{suffix}"] = sum(cut[i] for i in rows) / len(rows)
-    return values
-
-
-def _reward_metrics(groups: Sequence[Group], verdicts: Sequence[Sequence[Any]]) -> dict[str, float]:
-    values: dict[str, float] = {}
-    flat = [(group.prompt.domain, verdict) for group, row in zip(groups, verdicts, strict=True) for verdict in row]
-    values["reward/mean"] = sum(verdict.reward for _, verdict in flat) / len(flat)
-    values["reward/verifier_errors"] = sum(verdict.error is not None for _, verdict in flat)
-    for name in dict.fromkeys(domain for domain, _ in flat):
-        rows = [verdict for domain, verdict in flat if domain == name]
-        values[f"reward/mean/{name}"] = sum(verdict.reward for verdict in rows) / len(rows)
-        values[f"reward/pass_rate/{name}"] = sum(verdict.passed for verdict in rows) / len(rows)
-    return values
-
-
-class Clock:
-    """Seconds of each phase of one step."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self.seconds[name] = time.perf_counter() - started
-
-    def metrics(self, groups: Sequence[Group]) -> dict[str, float]:
-        total = time.perf_counter() - self.started
-        tokens = sum(len(trajectory.token_ids) for group in groups for trajectory in group.trajectories)
-        sampled = sum(trajectory.num_loss_tokens for group in groups for trajectory in group.trajectories)
-        values = {f"phase/{name}_seconds": seconds for name, seconds in self.seconds.items()}
-        values |= {"phase/total_seconds": total, "perf/tokens_per_second": tokens / total}
-        if self.seconds.get("rollout"):
-            values["perf/rollout_tokens_per_second"] = sampled / self.seconds["rollout"]
-        return values
-
-
-def clear(folder: str) -> None:
-    """Removes an earlier attempt's files from a run's folder."""
-    if os.path.isdir(folder):
-        shutil.rmtree(folder)

@@ -113,7 +113,32 @@ class TeacherHidden:
     probe_lse: tuple[float, ...]
 
 
-Signal = Advantage | Demonstration | TeacherHidden
+@dataclass(slots=True, kw_only=True, frozen=True)
+class TeacherLogprobs:
+    """OPD with a teacher behind an endpoint: its log-probabilities, in nats, of few tokens at each of S positions.
+
+    Example, three loss tokens and the two most likely tokens at each; the first loss token is not among them:
+        logprobs     [-6.2, -0.1, -0.7]
+        top_ids      [[5, 9], [7, 3], [8, 1]]      top_logprobs [[-0.2, -2.1], [-0.1, -3.0], [-0.7, -0.8]]
+    """
+
+    teacher: str
+    weight: float  # the teacher's w_i in the OPD objective
+    logprobs: np.ndarray  # float32 [S], of the loss tokens
+    top_ids: np.ndarray  # int32 [S, k], the most likely first; k is 0 where the loss tokens alone were asked for
+    top_logprobs: np.ndarray  # float32 [S, k]
+
+    @property
+    def tail_logprobs(self) -> np.ndarray:
+        """float32 [S]: log of the mass outside of the k tokens, whether the loss token is one of them or not.
+
+        What rounding leaves of a tail that is next to nothing means nothing: it is at least 1e-7, FP32's resolution.
+        """
+        inside = np.exp(self.top_logprobs.astype(np.float64)).sum(-1)
+        return np.log(np.maximum(1.0 - inside, 1e-7)).astype(np.float32)
+
+
+Signal = Advantage | Demonstration | TeacherHidden | TeacherLogprobs
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)

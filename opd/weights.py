@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +43,15 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+}
+ALIGNMENT = 64  # bytes, of torch's own memory on the CPU
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
 CODES, SCALES = ".fp4_codes", ".fp4_scales"
 MTP = "mtp."  # begins the names of the multi-token-prediction block, in memory as in the released layout
@@ -376,6 +385,70 @@ def checkpoint_hash(folder: str | Path) -> str:
     return digest.hexdigest()
 
 
+FileMarks = tuple[tuple[str, int, int, int, int], ...]
+
+
+def file_marks(folder: str | Path) -> FileMarks:
+    """By which a checkpoint's weight files are known again without being read: name, size, inode and times of each.
+
+    Equal marks mean files that nobody wrote to or put others in the place of. Raises as `resolve_checkpoint` does.
+    """
+    marks = []
+    for path in sorted(_weight_files(resolve_checkpoint(folder))):
+        seen = path.stat()  # of what a link points at
+        marks.append((path.name, seen.st_size, seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns))
+    return tuple(marks)
+
+
+def stored_shapes(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype, by safetensors' name for it such as "F32", and shape of every tensor in a checkpoint's files by its name
+    there. Reads their headers, no weights."""
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, file in _opened(_weight_files(resolve_checkpoint(folder))):
+        part = file.get_slice(name)
+        shapes[name] = part.get_dtype(), tuple(part.get_shape())
+    return shapes
+
+
+def stored_tensors(folder: str | Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and memory-mapped tensor, as stored, of those `names` that a checkpoint's files hold (None: of all).
+
+    Whatever is kept must be copied: a file that is cut short while it is mapped ends the process that reads from it.
+    Raises ConfigError as `resolve_checkpoint` does, and for files that are torn.
+    """
+    for name, file in _opened(_weight_files(resolve_checkpoint(folder))):
+        if names is None or name in names:
+            yield name, file.get_tensor(name)
+
+
+def read_whole(folder: str | Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint's files by its name there, as stored, in one buffer per file that nobody else has.
+
+    For a checkpoint that is read again and again: one pass over each file, and few calls. Tensors are aligned as torch
+    aligns its own, because products of others may be rounded otherwise. Raises ConfigError as `resolve_checkpoint`
+    does, and for files that are torn.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _weight_files(resolve_checkpoint(folder)):
+        with open(path, "rb") as file:
+            try:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            except ValueError as error:
+                raise ConfigError(f"{path} is not a complete safetensors file: {error}") from None
+            header.pop("__metadata__", None)
+            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+            sizes = [last - first for first, last in (entry["data_offsets"] for _, entry in entries)]
+            buffer = torch.empty(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), dtype=torch.uint8)
+            start = 0
+            for (name, entry), size in zip(entries, sizes, strict=True):  # the format leaves no gaps between tensors
+                part = buffer[start : start + size]
+                if file.readinto(part.numpy().data) != size:
+                    raise ConfigError(f"{path} is not a complete safetensors file: it ends inside {name!r}")
+                tensors[name] = part.view(STORED_DTYPES[entry["dtype"]]).view(entry["shape"])
+                start += -(-size // ALIGNMENT) * ALIGNMENT
+    return tensors
+
+
 def _hash_tensor(digest: Any, tensor: torch.Tensor) -> None:
     digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -426,8 +499,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _stored_tensors(files: dict[Path, list[str] | None], by_name: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and tensor of everything in `files`, memory-mapped; `by_name` sorts over all files."""
+def _opened(files: dict[Path, list[str] | None]) -> list[tuple[str, Any]]:
+    """Name of every tensor in `files` with the open file that holds it."""
     opened: list[tuple[str, Any]] = []
     for path, promised in files.items():
         try:
@@ -438,6 +511,12 @@ def _stored_tensors(files: dict[Path, list[str] | None], by_name: bool = False) 
         if absent := [name for name in promised or [] if name not in names]:
             raise ConfigError(f"{path} lacks {absent[0]!r}, which {INDEX_FILE} places in it")
         opened.extend((name, file) for name in (promised if promised is not None else sorted(names)))
+    return opened
+
+
+def _stored_tensors(files: dict[Path, list[str] | None], by_name: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and tensor of everything in `files`, memory-mapped; `by_name` sorts over all files."""
+    opened = _opened(files)
     if by_name:
         opened.sort(key=lambda entry: entry[0])
     for name, file in opened:

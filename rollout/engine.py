@@ -5,7 +5,8 @@ read in chunks between decoding steps, so that nobody waits for a long one. A re
 for it; when pages run out all the same, the youngest request gives up its slot, keeps its tokens, and is read again
 when there is room. The decoding path is arrays over the active slots: Python touches a request when it is seated and
 when it has ended, not for every token. Results do not depend on slots, pages, chunks or the order of requests, except
-for floating-point rounding in the logits.
+for floating-point rounding in the logits; and matrices get their rows in fours, of which most products on a CPU make
+the same bits whatever the other rows are.
 
 Consumes requests, produces trajectories in the order of the requests, waits for nobody but the log: a token is in it
 before the next one is computed.
@@ -31,6 +32,7 @@ from rollout.wal import Log, log_complete
 PREFILL_TOKENS = 8192  # padded prompt tokens read between two decoding steps
 REFILL_SHARE = 4  # requests join when one slot in so many is free: reading one prompt costs nearly a decoding step
 SPARE_SHARE = 8  # pages kept free for decoding when a request is seated: one for so many active slots
+ROWS = 4  # what a product's rows are filled up to a multiple of: a remainder may be summed in another order
 NOBODY = -1
 
 
@@ -76,7 +78,7 @@ class V4Engine:
 
         `num_pages` of the cache, at least as many as one sequence of `max_tokens` needs; None: enough for all slots.
         """
-        device, width = model.head.device, model.head.shape[1]
+        device, (vocab_size, width) = model.head.device, model.head.shape
         self.model, self.num_slots, self.max_tokens, self.seed = model.eval(), num_slots, max_tokens, seed
         self.prefill_tokens = prefill_tokens
         # The slot after the last belongs to no request: it keeps the prompt of a group that waits for more slots.
@@ -88,6 +90,7 @@ class V4Engine:
         self.hidden = torch.zeros(num_slots + 1, width, dtype=model.head.dtype, device=device)  # of the last token read
         self.keys = torch.zeros(num_slots, dtype=torch.int64, device=device)  # noise stream of the slot's trajectory
         self.stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
+        self.stops = np.isin(np.arange(vocab_size), self.stop_ids)
         # On the host, per slot. A slot decodes when all of its tokens but the last one are in the cache.
         self.occupants = np.zeros(num_slots, dtype=np.int64)  # request
         self.tokens = np.zeros((num_slots, max_tokens), dtype=np.int32)  # prompt and what followed
@@ -266,7 +269,7 @@ class V4Engine:
             slots, sizes = self._chunks(run)
             if not len(slots):
                 return None
-            at = self._extension(run, slots, sizes)
+            at = self._extension(run, slots, sizes, -(-int(sizes.max()) // ROWS) * ROWS)
             if at is not None:
                 break
         width = at.positions.shape[1]
@@ -280,7 +283,8 @@ class V4Engine:
 
     def _chunks(self, run: _Run) -> tuple[np.ndarray, np.ndarray]:
         """Who reads how many tokens now: the oldest first, up to the budget of padded tokens, and never across the end
-        of a prompt, where others may copy it."""
+        of a prompt, where others may copy it. Rows are padded to a multiple of ROWS, which is the least budget."""
+        budget = max(ROWS, self.prefill_tokens // ROWS * ROWS)
         slots: list[int] = []
         sizes: list[int] = []
         reads: set[int] = set()  # prompts that somebody reads
@@ -294,17 +298,18 @@ class V4Engine:
                     continue
                 reads.add(prompt)
             goal = self.prompt_ends[slot] if end < self.prompt_ends[slot] else self.lengths[slot]
-            size = min(int(goal - end), self.prefill_tokens)
-            if slots and (len(slots) + 1) * max(*sizes, size) > self.prefill_tokens:
+            size = min(int(goal - end), budget)
+            width = -(-max(*sizes, size) // ROWS) * ROWS if sizes else 0
+            if slots and (len(slots) + 1) * width > budget:
                 break
             slots.append(slot)
             sizes.append(size)
         return np.array(slots, dtype=np.int64), np.array(sizes, dtype=np.int64)
 
-    def _extension(self, run: _Run, slots: np.ndarray, sizes: np.ndarray) -> Extension | None:
+    def _extension(self, run: _Run, slots: np.ndarray, sizes: np.ndarray, width: int) -> Extension | None:
         """Pages for `sizes` more tokens; None when there were too few and somebody gave way, maybe one of these."""
         try:
-            return self.cache.extension(slots, self.ends[slots], sizes)
+            return self.cache.extension(slots, self.ends[slots], sizes, width)
         except OutOfPages:
             self._give_way(run)
             return None
@@ -313,12 +318,16 @@ class V4Engine:
 
     def _decode(self, run: _Run) -> None:
         """One more token for every active slot: feed the last one drawn, draw the next."""
-        while (at := self._extension(run, run.active, np.ones_like(run.active))) is None:
+        while (at := self._extension(run, run.active, np.ones_like(run.active), 1)) is None:
             if not len(run.active):
                 return
         slots = run.active
         token_ids = torch.as_tensor(self.tokens[slots, self.ends[slots]].astype(np.int64), device=at.slots.device)
-        hidden = self.model.extend(token_ids[:, None], self.cache, at)
+        if len(slots) % ROWS:
+            # The last row several times: it reads and writes the same each time.
+            rows = torch.arange(len(slots) + -len(slots) % ROWS, device=at.slots.device).clamp_(max=len(slots) - 1)
+            token_ids, at = token_ids[rows], _rows_of(at, rows)
+        hidden = self.model.extend(token_ids[:, None], self.cache, at)[: len(slots)]
         self.ends[slots] += 1
         self.decoding_steps += 1
         run.active = self._draw(run, slots, hidden[:, 0])
@@ -328,13 +337,14 @@ class V4Engine:
 
         The token is not in the cache yet.
         """
-        logits = torch.nn.functional.linear(hidden.float(), self.model.head.float())
+        filled = torch.nn.functional.pad(hidden.float(), (0, 0, 0, -len(slots) % ROWS))
+        logits = torch.nn.functional.linear(filled, self.model.head.float())[: len(slots)]
         positions = torch.as_tensor(self.lengths[slots], device=logits.device)
         keys = self.keys[torch.as_tensor(slots, device=logits.device)]
         samples = sample(logits, keys, positions, run.sampling).samples()
         self.tokens[slots, self.lengths[slots]] = samples.token_ids
         self.lengths[slots] += 1
-        stopped = np.isin(samples.token_ids, self.stop_ids)
+        stopped = self.stops[samples.token_ids]
         over = stopped | (self.lengths[slots] >= self.limits[slots])
         owners = self.occupants[slots]
         if run.log is not None:
@@ -346,6 +356,17 @@ class V4Engine:
             self.free.append(slot)
         self.cache.release(slots[over])
         return slots[~over]
+
+
+def _rows_of(at: Extension, rows: torch.Tensor) -> Extension:
+    return Extension(
+        slots=at.slots[rows],
+        starts=at.starts[rows],
+        lengths=at.lengths[rows],
+        positions=at.positions[rows],
+        max_end=at.max_end,
+        pages=at.pages[rows],
+    )
 
 
 def pages_of(model: DeepseekV4, num_slots: int, max_tokens: int, cache_bytes: int | None) -> int | None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 
+from opd.actors import ActorDied
 from opd.config import SamplingConfig
 from opd.types import Actor, Future, Group, Prompt, Trajectory
 from rollout.request import Request
@@ -175,16 +176,13 @@ class Fleet:
                             f"{self.workers[index].name}.{calls[index].method} did not answer within "
                             f"{self.timeout_seconds:g} s"
                         ) from error
-                except RuntimeError as error:
-                    if not self._is_death(index, error):
+                except ActorDied as error:
+                    if error.name != self.workers[index].name:  # the death of one that the worker asked
                         raise
                     waiting[index] = self._replace(index, calls[index], error), time.monotonic()
         return {index: answers[index] for index in calls}
 
-    def _is_death(self, index: int, error: RuntimeError) -> bool:
-        return str(error).startswith(f"{self.workers[index].name} died")  # the runtime's word for it
-
-    def _replace(self, index: int, call: _Call, error: RuntimeError) -> Future:
+    def _replace(self, index: int, call: _Call, error: ActorDied) -> Future:
         """Another worker in place of a dead one, with the published weights, at the dead one's call."""
         name, respawn = self.workers[index].name, self.respawn
         if respawn is None:
@@ -210,8 +208,8 @@ class Fleet:
                 if call.method != "generate":
                     return worker.submit(call.method, *call.args)
                 tokens = worker.submit("logged_tokens", call.args[-1]).result(self.timeout_seconds)
-            except RuntimeError as again:
-                if not self._is_death(index, again):
+            except ActorDied as again:
+                if again.name != name:
                     raise
                 error = again
                 continue

@@ -8,7 +8,7 @@ first kind into the second.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import numpy as np
 
@@ -146,29 +146,21 @@ def finished(request: Request, samples: Samples, version: int, reason: FinishRea
         spans = (*spans, VersionSpan(start=prompt + resumed, policy_version=version))
     before = np.zeros(prompt, dtype=np.float32)
     token_ids = np.concatenate((request.token_ids, samples.token_ids)).astype(np.int32)
-    loss_mask = np.arange(len(token_ids)) >= prompt
-    logprobs = np.concatenate((before, samples.logprobs))
-    if samples.kept_counts.any():
-        return TruncatedTrajectory(
-            id=request.trajectory_id,
-            prompt_id=request.prompt_id,
-            domain=request.domain,
-            token_ids=token_ids,
-            loss_mask=loss_mask,
-            sampler_logprobs=logprobs,
-            version_spans=spans,
-            finish_reason=reason,
-            untruncated_logprobs=np.concatenate((before, samples.untruncated_logprobs)),
-            kept_counts=np.concatenate((before.astype(np.int32), samples.kept_counts)),
-            kept_ids=samples.kept_ids,
-        )
-    return Trajectory(
+    trajectory = Trajectory(
         id=request.trajectory_id,
         prompt_id=request.prompt_id,
         domain=request.domain,
         token_ids=token_ids,
-        loss_mask=loss_mask,
-        sampler_logprobs=logprobs,
+        loss_mask=np.arange(len(token_ids)) >= prompt,
+        sampler_logprobs=np.concatenate((before, samples.logprobs)),
         version_spans=spans,
         finish_reason=reason,
+    )
+    if not samples.kept_counts.any():
+        return trajectory
+    return TruncatedTrajectory(
+        **{field.name: getattr(trajectory, field.name) for field in fields(Trajectory)},
+        untruncated_logprobs=np.concatenate((before, samples.untruncated_logprobs)),
+        kept_counts=np.concatenate((before.astype(np.int32), samples.kept_counts)),
+        kept_ids=samples.kept_ids,
     )

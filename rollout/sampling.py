@@ -93,18 +93,28 @@ def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: Sam
         tokens = logits.argmax(-1)
         logprobs = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
         return Draws(tokens, logprobs, logprobs, None)
-    untruncated = log_p = torch.log_softmax(logits / sampling.temperature, -1)
-    kept = None
-    if truncates(sampling):
-        kept = _kept(log_p, sampling)
-        log_p = torch.log_softmax(log_p.masked_fill(~kept, -torch.inf), -1)
-    cumulative = log_p.exp().cumsum(-1, dtype=torch.float64)
+    if sampling.temperature != 1.0:
+        logits = logits / sampling.temperature
+    if not truncates(sampling):
+        p = logits.softmax(-1)
+        tokens = _draw(p, keys_N, positions_N)
+        logprobs = p.gather(1, tokens)[:, 0].log()
+        return Draws(tokens[:, 0], logprobs, logprobs, None)
+    untruncated = logits.log_softmax(-1)
+    kept = _kept(untruncated, sampling)
+    log_p = untruncated.masked_fill(~kept, -torch.inf).log_softmax(-1)
+    tokens = _draw(log_p.exp(), keys_N, positions_N)
+    logprobs, before = (values.gather(1, tokens)[:, 0] for values in (log_p, untruncated))
+    return Draws(tokens[:, 0], logprobs, before, kept)
+
+
+def _draw(p_NV: Tensor, keys_N: Tensor, positions_N: Tensor) -> Tensor:
+    """The first token of each row, int64 [N, 1], at which the cumulative distribution exceeds the noise."""
+    cumulative = p_NV.cumsum(-1, dtype=torch.float64)
     # The last entry is the total, 1 but for rounding. The largest noise is 1 - 2^-53, whose product with it rounds to
     # less: the draw ends at an entry that adds something to the sum, so never at one that was cut off.
     threshold = uniform(keys_N, positions_N)[:, None] * cumulative[:, -1:]
-    tokens = torch.searchsorted(cumulative, threshold, right=True)
-    logprobs = log_p.gather(1, tokens)[:, 0]
-    return Draws(tokens[:, 0], logprobs, logprobs if kept is None else untruncated.gather(1, tokens)[:, 0], kept)
+    return torch.searchsorted(cumulative, threshold, right=True)
 
 
 def truncates(sampling: SamplingConfig) -> bool:

@@ -18,6 +18,7 @@ Left out: who writes when (`engine`) and who reads when (`worker`). A log is of 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -116,12 +117,12 @@ class Log:
         """Begins the log with the requests and what they come with, in place of whatever log is at `key.path`.
 
         An earlier log stays until the new one is complete. Raises LogDamaged for a file there that is no log of ours,
-        which is left alone, and RuntimeError when the disk is full.
+        which is left alone, and RuntimeError naming the file when it cannot be written.
         """
         self.path, self.durability = key.path, durability
-        self._descriptor, self._size, self._check, self._num_tokens = -1, 0, 0, 0
+        self._descriptor, self._size, self._check = -1, 0, 0
+        self._num_tokens = sum(len(request.sampled) for request in requests)
         _refuse_foreign(key.path)
-        os.makedirs(os.path.dirname(os.path.abspath(key.path)), exist_ok=True)
         identity = {
             "run": key.run,
             "worker": key.worker,
@@ -130,18 +131,24 @@ class Log:
             "seed": seed,
             "sampling": dataclasses.asdict(sampling),
         }
+        frames = [self._frame(IDENTITY, json.dumps(identity).encode()), self._frame(REQUESTS, _described(requests))]
         unfinished = f"{key.path}.unfinished"
-        self._descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
         try:
-            self._write(MAGIC + self._frame(IDENTITY, json.dumps(identity).encode()))
-            self._append([self._frame(REQUESTS, _described(requests))], sum(len(r.sampled) for r in requests))
+            os.makedirs(os.path.dirname(os.path.abspath(key.path)), exist_ok=True)
+            self._descriptor = os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+            self._write(MAGIC + b"".join(frames))
             os.replace(unfinished, key.path)
-        except BaseException:
+            if durability == "machine":
+                _flush_folder(key.path)
+        except OSError as error:
             self.close()
-            os.unlink(unfinished)
-            raise
-        if durability == "machine":
-            _flush_folder(key.path)
+            with contextlib.suppress(OSError):
+                os.unlink(unfinished)
+            raise RuntimeError(
+                f"{key.path} cannot be written: {error.strerror}. What an earlier log there held of this batch "
+                f"({self._num_tokens} tokens) is not lost; make room on that disk and let this user write there, or do "
+                "without logs (rollout.wal=none)"
+            ) from error
 
     def __enter__(self) -> Log:
         return self
@@ -153,13 +160,22 @@ class Log:
         """One decoding step. Request owners[i] (its place among the requests) drew samples[i]; the requests at
         ended (integers [m]) are complete, by a stop token where `stopped` (bool [m]) says so, else by their limit.
 
-        Raises RuntimeError naming the file when the disk is full; the log then ends with the step before.
+        Raises RuntimeError naming the file when the disk does not take it; the log then ends with the step before.
         """
         frames = [self._frame(*_columns(owners, samples))]
         if len(ended):
             reasons = np.where(stopped, REASONS.index("stop"), REASONS.index("length")).astype(np.uint8)
             frames.append(self._frame(ENDS, _bytes(ended, "<i4") + reasons.tobytes()))
-        self._append(frames, len(samples))
+        try:
+            self._write(b"".join(frames))
+        except OSError as error:
+            with contextlib.suppress(OSError):  # reading drops a torn end too
+                os.ftruncate(self._descriptor, self._size)
+            raise RuntimeError(
+                f"{self.path} cannot grow beyond {self._size} bytes: {error.strerror}. It holds the {self._num_tokens} "
+                "tokens sampled so far in this batch, and none is lost; make room on that disk"
+            ) from error
+        self._num_tokens += len(samples)
 
     def close(self) -> None:
         if self._descriptor >= 0:
@@ -172,23 +188,12 @@ class Log:
         self._check = zlib.crc32(payload, zlib.crc32(head, self._check))
         return head + payload + CHECK.pack(self._check)
 
-    def _append(self, frames: list[bytes], num_tokens: int) -> None:
-        self._write(b"".join(frames))
-        self._num_tokens += num_tokens
-        if self.durability == "machine":
-            os.fdatasync(self._descriptor)
-
     def _write(self, record: bytes) -> None:
         rest = memoryview(record)
-        try:
-            while len(rest):  # a disk that fills up takes a part first
-                rest = rest[os.write(self._descriptor, rest) :]
-        except OSError as error:
-            os.ftruncate(self._descriptor, self._size)
-            raise RuntimeError(
-                f"{self.path} cannot grow beyond {self._size} bytes: {error.strerror}. It holds the {self._num_tokens} "
-                "tokens sampled so far in this batch, and none is lost; make room on that disk"
-            ) from error
+        while len(rest):  # a disk that fills up takes a part first
+            rest = rest[os.write(self._descriptor, rest) :]
+        if self.durability == "machine":
+            os.fdatasync(self._descriptor)
         self._size += len(record)
 
 
@@ -391,7 +396,7 @@ def _refuse_foreign(path: str) -> None:
     try:
         with open(path, "rb") as file:
             begin = file.read(len(MAGIC))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     if not MAGIC.startswith(begin):
         raise LogDamaged(f"{path} is in the way: it is not a write-ahead log of this program's, and is left alone")

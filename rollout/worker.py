@@ -91,7 +91,7 @@ class RolloutWorker:
         `resume`, what that log already has of this batch is not sampled again.
 
         Raises ValueError when another version is asked for, LogDamaged for a log that is not of this batch or was
-        changed, and RuntimeError when the log's disk is full.
+        changed, and RuntimeError when the log's disk does not take it.
         """
         if version != self.version:
             raise ValueError(f"asked to sample under policy version {version}; this worker holds {self.version}")

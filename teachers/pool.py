@@ -1,29 +1,40 @@
-"""All teachers of a run: who scores which trajectory, on which host, and whether a teacher fits the student at all.
+"""All teachers of a run: who scores which trajectory, on which host, and what a step keeps of it.
 
-The one idea: a step's trajectories are sorted by teacher, and each host is handed its teachers one after another, so
-weights that live on disk are read once per step and at most one set of them is in memory (DeepSeek-V4, section 5.2.2).
-Sorting happens inside a step whose prompts are already fixed, so it changes nothing but the order of work.
+The one idea: a step's trajectories are sorted by teacher, and each host is handed its teachers one after another and
+told who comes next, so weights that live on disk are read once per step, ahead of their turn (DeepSeek-V4, section
+5.2.2). Sorting happens inside a step whose prompts are already fixed, so it changes nothing but the order of work.
 
-Left out: running a model (`teachers.local`) and sorting micro-batches for the learner (`opd.batching`).
+Left out: running a model (`teachers.local`), whether a teacher fits the student at all (`teachers.admission`) and
+sorting micro-batches for the learner (`opd.batching`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from opd.chat import Chat, tokenizer_difference
-from opd.config import ConfigError, TeacherConfig
-from opd.types import Actor, Future, Group, TeacherHead, TeacherHidden
-from opd.weights import load_model_config, resolve_checkpoint
-from teachers.local import checkpoint_of
+import torch
+
+from opd.config import Config, TeacherConfig, teacher_routes
+from opd.types import Actor, Future, Group, TeacherHead, TeacherHidden, TeacherLogprobs, Trajectory
+from teachers.admission import check_teachers as check_teachers  # known under this module too
+from teachers.local import TeacherHost
+from teachers.shelf import checkpoint_of
+from teachers.store import HiddenStore
+
+if TYPE_CHECKING:
+    from opd.actors import Runtime
+
+Scored = TeacherHidden | TeacherLogprobs
 
 
 class TeacherPool:
     """Spreads a step over the teacher hosts.
 
-    Consumes: groups. Produces: handles of hidden states, as signals. Waits for: the hosts, all at once, each result for
-    at most `timeout_seconds`. A host runs what it is given in the order of submission.
+    Consumes: groups. Produces: signals, most of them with handles of hidden states. Waits for: the hosts, all at once,
+    each result for at most `timeout_seconds`. A host runs what it is given in the order of submission.
     """
 
     def __init__(
@@ -48,13 +59,17 @@ class TeacherPool:
         self._routes = routes
         self._placement = placement
         self._timeout_seconds = timeout_seconds
+        self._unclaimed: dict[tuple[str, float, str, bytes], Scored] = {}  # of a scoring that failed elsewhere
 
-    def score(self, groups: Sequence[Group]) -> list[list[tuple[TeacherHidden, ...]]]:
+    def score(self, groups: Sequence[Group]) -> list[list[tuple[Scored, ...]]]:
         """Per group, per trajectory, one signal of each teacher that has weight for its domain, by teacher name.
 
-        Raises ValueError for a trajectory of a domain that no teacher serves, before any work is handed out.
+        Raises ValueError for a trajectory of a domain that no teacher serves, before any work is handed out, and else
+        what a host raised first, once all have answered. Nothing is lost then: the groups may be scored again, and what
+        other teachers said of them is not asked twice.
         """
         flat = [trajectory for group in groups for trajectory in group.trajectories]
+        signals: list[dict[str, Scored]] = [{} for _ in flat]
         work: dict[tuple[str, float], list[int]] = {}
         for index, trajectory in enumerate(flat):
             if not self._routes.get(trajectory.domain):
@@ -63,27 +78,47 @@ class TeacherPool:
                     f"served: {', '.join(self._routes)}"
                 )
             for teacher, weight in self._routes[trajectory.domain]:
-                work.setdefault((teacher, weight), []).append(index)
+                if (known := self._unclaimed.get(_key(teacher, weight, trajectory))) is not None:
+                    signals[index][teacher] = known
+                else:
+                    work.setdefault((teacher, weight), []).append(index)
 
-        scoring: list[tuple[list[int], Future]] = []
-        for (teacher, weight), indices in sorted(work.items()):  # one teacher's weights of several domains are adjacent
-            host = self._hosts[self._placement[teacher]]
-            scoring.append((indices, host.submit("score", teacher, [flat[index] for index in indices], weight)))
-        releasing = [
-            self._hosts[host].submit("release") for host in sorted({self._placement[name] for name, _ in work})
-        ]
-
-        signals: list[list[TeacherHidden]] = [[] for _ in flat]
-        for indices, future in scoring:
-            for index, signal in zip(indices, future.result(self._timeout_seconds), strict=True):
-                signals[index].append(signal)
+        failure: Exception | None = None
+        submitted, releasing = self._submit(flat, work)
+        for (teacher, weight), indices, future in submitted:
+            try:
+                scored = future.result(self._timeout_seconds)
+            except Exception as error:  # all hosts are waited for: what they say is kept for the next attempt
+                failure = failure or error
+                continue
+            for index, signal in zip(indices, scored, strict=True):
+                signals[index][teacher] = signal
+                self._unclaimed[_key(teacher, weight, flat[index])] = signal
+        if failure is not None:
+            raise failure
         for future in releasing:
             future.result(self._timeout_seconds)
-        in_order = iter(signals)
-        return [[tuple(next(in_order)) for _ in group.trajectories] for group in groups]
+        self._unclaimed.clear()
+        in_order = (tuple(found[name] for name in sorted(found)) for found in signals)
+        return [[next(in_order) for _ in group.trajectories] for group in groups]
+
+    def _submit(
+        self, flat: Sequence[Trajectory], work: Mapping[tuple[str, float], list[int]]
+    ) -> tuple[list[tuple[tuple[str, float], list[int], Future]], list[Future]]:
+        """Hands out a step's work, and then the release. A teacher's weights of several domains are adjacent."""
+        jobs = sorted(work.items())
+        submitted: list[tuple[tuple[str, float], list[int], Future]] = []
+        for number, ((teacher, weight), indices) in enumerate(jobs):
+            host = self._placement[teacher]
+            later = (name for (name, _), _ in jobs[number + 1 :] if name != teacher and self._placement[name] == host)
+            trajectories = [flat[index] for index in indices]
+            future = self._hosts[host].submit("score", teacher, trajectories, weight, next(later, None))
+            submitted.append(((teacher, weight), indices, future))
+        busy = sorted({self._placement[name] for name, _ in work})
+        return submitted, [self._hosts[host].submit("release") for host in busy]
 
     def heads(self) -> dict[str, TeacherHead]:
-        """Every teacher's output head, by teacher name."""
+        """The output head of every teacher whose weights are here, by teacher name."""
         heads = [host.submit("heads") for host in self._hosts]
         gathered: dict[str, TeacherHead] = {}
         for future in heads:
@@ -98,59 +133,91 @@ class TeacherPool:
             gathered.update(future.result(self._timeout_seconds))
         return gathered
 
+    def examine(
+        self, trajectories: Sequence[Trajectory], student: TeacherConfig | None = None
+    ) -> dict[str, dict[str, float]]:
+        """What `opd.health.check_teacher` judges, by teacher: its numbers on the trajectories of the domains it serves,
+        beside the `student`'s, whose checkpoint is described as if it were a teacher. Each host is asked at once."""
+        questions: dict[int, dict[str, list[Trajectory]]] = {}
+        for name, host in sorted(self._placement.items()):
+            served = {domain for domain, by in self._routes.items() if name in (teacher for teacher, _ in by)}
+            asked = [trajectory for trajectory in trajectories if trajectory.domain in served]
+            if asked:
+                questions.setdefault(host, {})[name] = asked
+        futures = [self._hosts[host].submit("examine", asked, student) for host, asked in questions.items()]
+        gathered: dict[str, dict[str, float]] = {}
+        for future in futures:
+            gathered.update(future.result(self._timeout_seconds))
+        return dict(sorted(gathered.items()))
+
+
+def _key(teacher: str, weight: float, trajectory: Trajectory) -> tuple[str, float, str, bytes]:
+    return teacher, weight, trajectory.id, trajectory.token_ids.tobytes()
+
+
+def hire_teachers(
+    config: Config, runtime: Runtime, folder: str, *, device: str, vocab_size: int, timeout_seconds: float
+) -> tuple[list[Actor], TeacherPool]:
+    """Starts the teacher hosts of a distillation and their pool. `folder` takes what `pool.hidden_bytes` leaves no room
+    for, and the heads of teachers on disk; files of an earlier run in it are deleted. `vocab_size`: entries of the
+    tokenizer. Whoever reads the signals needs a `HiddenStore` over the same folder."""
+    HiddenStore(runtime.store, folder).clear()
+    routes = teacher_routes(config)
+    teachers = {
+        name: replace(teacher, path=str(Path(teacher.path).absolute()) if Path(teacher.path).is_dir() else teacher.path)
+        for name, teacher in config.teachers.items()
+    }
+    work = dict.fromkeys(teachers, 0.0)
+    for domain, served_by in routes.items():
+        for teacher, _ in served_by:
+            work[teacher] += config.data.domains[domain].weight
+    placement = place(teachers, config.runtime.num_teacher_hosts, work)
+    pool = config.pool
+    num_hosts = max(placement.values(), default=-1) + 1
+    hosts: list[Actor] = []
+    for host in range(num_hosts):
+        held = {name: teacher for name, teacher in teachers.items() if placement[name] == host}
+        is_remote = all(teacher.family == "remote" for teacher in held.values())
+        bound = None if pool.hidden_bytes is None else pool.hidden_bytes // num_hosts
+        hosts.append(
+            runtime.spawn(
+                TeacherHost,
+                held,
+                HiddenStore(runtime.store, folder, bound),
+                fp4=config.model.fp4,
+                fp4_index=config.model.fp4_index,
+                threads=config.runtime.actor_threads,
+                device="cpu" if is_remote else device,
+                micro_batch_tokens=config.learner.micro_batch_tokens,
+                hidden_dtype=torch.float32 if config.stages.distill.hidden_dtype == "float32" else torch.bfloat16,
+                vocab_size=vocab_size,
+                weight_bytes=pool.weight_bytes,
+                prefetch=pool.prefetch,
+                name=f"teacher host {host}",
+                num_gpus=0.0 if is_remote else config.runtime.gpus_per_teacher,
+            )
+        )
+    return hosts, TeacherPool(hosts, routes, placement, timeout_seconds)
+
 
 def place(teachers: dict[str, TeacherConfig], num_hosts: int, work: dict[str, float] | None = None) -> dict[str, int]:
     """Teacher -> host index, so that hosts have about the same to do; teachers that share a checkpoint share a host.
 
     `work`: trajectories per step that each teacher scores, in any unit; equal when not given. The most work is placed
     first, on the host with the least so far (of equal ones the first). Example: {a: 3, b: 2, c: 2} on 2 hosts gives
-    {a: 0, b: 1, c: 1}.
+    {a: 0, b: 1, c: 1}. Remote teachers, whose work is waiting, have one further host to themselves.
     """
     if num_hosts < 1:
         raise ValueError(f"num_hosts={num_hosts} is too small; it must be at least 1")
-    share = dict.fromkeys(map(checkpoint_of, teachers.values()), 0.0)
-    for name, teacher in teachers.items():
-        share[checkpoint_of(teacher)] += 1.0 if work is None else work.get(name, 0.0)
+    local = {name: checkpoint_of(teacher) for name, teacher in teachers.items() if teacher.family != "remote"}
+    share = dict.fromkeys(local.values(), 0.0)
+    for name, checkpoint in local.items():
+        share[checkpoint] += 1.0 if work is None else work.get(name, 0.0)
     load, host_of = [0.0] * num_hosts, {}
     for checkpoint in sorted(share, key=lambda checkpoint: -share[checkpoint]):
         # Teachers without work are spread too: their weights take memory.
         host = min(range(num_hosts), key=lambda host: (load[host], list(host_of.values()).count(host)))
         host_of[checkpoint] = host
         load[host] += share[checkpoint]
-    return {name: host_of[checkpoint_of(teacher)] for name, teacher in teachers.items()}
-
-
-def check_teachers(student_chat: Chat, student_vocab_size: int, teachers: dict[str, TeacherConfig]) -> list[str]:
-    """Compares every teacher with the student before anything is loaded; one line of description per teacher.
-
-    Distillation compares two distributions over the same ids, so each teacher must have the student's vocabulary size
-    and the student's tokenizer, by content. Raises ConfigError naming teachers.<name>.path and the first difference.
-    """
-    descriptions: list[str] = []
-    for name, teacher in teachers.items():
-        key = f"teachers.{name}.path={teacher.path}"
-        try:
-            folder = resolve_checkpoint(teacher.path, teacher.revision)
-            config: Any = load_model_config(folder)
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
-        if (teacher.family == "deepseek_v4") != (config.model_type == "deepseek_v4"):
-            raise ConfigError(
-                f"{key}: holds a model of type {config.model_type!r}, but teachers.{name}.family={teacher.family}; "
-                f"set it to {'deepseek_v4' if config.model_type == 'deepseek_v4' else 'hf'}"
-            )
-        vocab_size = config.get_text_config().vocab_size
-        if vocab_size != student_vocab_size:
-            raise ConfigError(f"{key}: its vocabulary has {vocab_size} entries, the student's has {student_vocab_size}")
-        try:
-            chat = Chat.load(teacher.tokenizer or str(folder))
-        except ConfigError as error:
-            raise ConfigError(f"{key}: {error}") from None
-        difference = tokenizer_difference(student_chat, chat)
-        if difference is not None:
-            raise ConfigError(f"{key}: its tokenizer is not the student's: {difference}")
-        width = config.get_text_config().hidden_size
-        descriptions.append(
-            f"{name}: {config.model_type}, hidden size {width}, vocabulary {vocab_size}, {teacher.path}"
-        )
-    return descriptions
+    beyond = max(host_of.values(), default=-1) + 1
+    return {name: host_of[local[name]] if name in local else beyond for name in teachers}

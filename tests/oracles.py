@@ -50,34 +50,91 @@ def fp4_quantize(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torc
 # ---- losses: dense, float64, autograd --------------------------------------------------------------------------------
 
 
-def dense_reverse_kl(
+def dense_divergences(
     student_hidden: torch.Tensor,
     student_head: torch.Tensor,
     teacher_hidden: torch.Tensor,
     teacher_head: torch.Tensor,
-    weights: torch.Tensor,
     targets: torch.Tensor,
     temperature: float = 1.0,
+    beta: float = 0.5,
 ) -> dict[str, torch.Tensor]:
-    """Every field of KlResult and the gradients of its loss, from whole [N, V] distributions in float64."""
-    hidden = student_hidden.detach().double().requires_grad_()
-    head = student_head.detach().double().requires_grad_()
-    log_p = torch.log_softmax(hidden @ head.T / temperature, dim=-1)
+    """Every field of Comparison and the mixture's divergence, from whole [N, V] distributions in float64.
+
+    Differentiable in the student's hidden states and head, if those require it.
+    """
+    log_p = torch.log_softmax(student_hidden.double() @ student_head.double().T / temperature, dim=-1)
     log_q = torch.log_softmax(teacher_hidden.double() @ teacher_head.double().T / temperature, dim=-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(dim=-1)
-    loss = (weights.double() * kl).sum()
-    hidden_grad, head_grad = torch.autograd.grad(loss, (hidden, head))
+    p, q = log_p.exp(), log_q.exp()
+    log_m = torch.log(beta * q + (1 - beta) * p)
+    ids = targets if targets.dim() == 2 else targets[:, None]
     return {
-        "loss": loss.detach(),
-        "kl": kl.detach(),
-        "student_entropy": -(log_p.exp() * log_p).sum(dim=-1).detach(),
-        "teacher_entropy": -(log_q.exp() * log_q).sum(dim=-1),
-        "student_logprobs": log_p.gather(1, targets[:, None])[:, 0].detach(),
-        "teacher_logprobs": log_q.gather(1, targets[:, None])[:, 0],
+        "reverse_kl": (p * (log_p - log_q)).sum(dim=-1),
+        "forward_kl": (q * (log_q - log_p)).sum(dim=-1),
+        "jensen_shannon": (beta * q * (log_q - log_m) + (1 - beta) * p * (log_p - log_m)).sum(dim=-1),
+        "student_logprobs": log_p.gather(1, ids).view(targets.shape),
+        "teacher_logprobs": log_q.gather(1, ids).view(targets.shape),
+        "student_entropy": -(p * log_p).sum(dim=-1),
+        "teacher_entropy": -(q * log_q).sum(dim=-1),
         "top1_agree": log_p.argmax(dim=-1) == log_q.argmax(dim=-1),
-        "hidden_grad": hidden_grad,
-        "head_grad": head_grad,
     }
+
+
+def dense_losses(
+    log_p: torch.Tensor, log_q: torch.Tensor, targets: torch.Tensor, top_k: int, mix: float, beta: float
+) -> dict[str, torch.Tensor]:
+    """The loss [N] of every name of `stages.distill.loss`, one token at a time from whole rows log p, log q [N, V].
+
+    Differentiable in log_p, except that score functions have the value of the surrogate that is differentiated.
+    """
+    rows: dict[str, list[torch.Tensor]] = {}
+    for lp, lq, y in zip(log_p, log_q, targets.tolist(), strict=True):
+        inside = sorted(range(len(lq)), key=lambda v, lq=lq: -float(lq[v]))[:top_k]
+        p, q, m = lp.exp(), lq.exp(), beta * lq.exp() + (1 - beta) * lp.exp()
+        reverse, forward = (p * (lp - lq)).sum(), (q * (lq - lp)).sum()
+        own_p, own_q = p[inside], q[inside]
+        hat_p, hat_q = own_p / own_p.sum(), own_q / own_q.sum()
+        rest_p, rest_q = 1 - own_p.sum(), 1 - own_q.sum()
+        gap = lp[y] - lq[y]
+        score = gap.detach() * lp[y]
+        values = {
+            "reverse_kl": reverse,
+            "forward_kl": forward,
+            "mixed_kl": mix * reverse + (1 - mix) * forward,
+            "jensen_shannon": beta * (q * (lq - m.log())).sum() + (1 - beta) * (p * (lp - m.log())).sum(),
+            "topk_reverse_kl": (own_p * (own_p / own_q).log() - own_p + own_q).sum(),
+            "topk_renormalised_reverse_kl": (hat_p * (hat_p / hat_q).log()).sum(),
+            "topk_tail_reverse_kl": (own_p * (own_p / own_q).log()).sum() + rest_p * (rest_p / rest_q).log(),
+            "topk_sampled_reverse_kl": (own_p * (own_p / own_q).log().detach()).sum() + (y not in inside) * score,
+            "topk_forward_kl": (own_q * (own_q / own_p).log()).sum(),
+            "sampled_reverse_kl": score,
+            "sampled_reverse_kl_k2": gap**2 / 2,
+            "sampled_forward_kl": (-gap).exp() - 1 + gap,
+        }
+        for name, value in values.items():
+            rows.setdefault(name, []).append(value)
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+def scalar_correction(
+    policy: list[float], sampler: list[float], rows: list[int], ratio: str, low: float, high: float
+) -> list[float]:
+    """Importance weight of each token, by the table of the methods."""
+    weights = []
+    for logp, logmu, row in zip(policy, sampler, rows, strict=True):
+        r = math.exp(logp - logmu)
+        if ratio.startswith("sequence"):
+            r = math.prod(math.exp(a - b) for a, b, other in zip(policy, sampler, rows, strict=True) if other == row)
+        match ratio:
+            case "none":
+                weights.append(1.0)
+            case "tis" | "sequence_tis":
+                weights.append(min(r, high))
+            case "mis" | "sequence_mis":
+                weights.append(r if r <= high else 0.0)
+            case _:  # icepop
+                weights.append(r if low <= r <= high else 0.0)
+    return weights
 
 
 def dense_token_logprobs(
@@ -425,9 +482,9 @@ def noise(key: int, position: int) -> float:
     return (2 * (z >> 12) + 1) / 2**53
 
 
-def drawn_from(logits: list[float], temperature: float, top_k: int, top_p: float) -> list[float]:
+def drawn_from(logits: list[float], temperature: float, top_k: int, top_p: float, min_p: float = 0.0) -> list[float]:
     """The probabilities that a token is drawn from: temperature, then the k likeliest, then their shortest prefix of
-    mass top_p; of equal logits the lower id goes first."""
+    mass top_p, then those of at least min_p times the likeliest; of equal logits the lower id goes first."""
     weights = [math.exp((logit - max(logits)) / temperature) for logit in logits]
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
     kept = order[:top_k] if top_k else order
@@ -438,6 +495,7 @@ def drawn_from(logits: list[float], temperature: float, top_k: int, top_p: float
                 nucleus.append(i)
             mass += weights[i] / total
         kept = nucleus
+    kept = [i for i in kept if weights[i] >= min_p * max(weights)]
     total = sum(weights[i] for i in kept)
     return [weights[i] / total if i in kept else 0.0 for i in range(len(logits))]
 
@@ -460,6 +518,7 @@ def complete(
     temperature: float,
     top_k: int,
     top_p: float,
+    min_p: float,
     most_tokens: int,
     stop_ids: list[int],
 ) -> tuple[list[int], list[float], str]:
@@ -471,7 +530,7 @@ def complete(
         if temperature == 0.0:
             token, probabilities = logits.index(max(logits)), drawn_from(logits, 1.0, 0, 1.0)
         else:
-            probabilities = drawn_from(logits, temperature, top_k, top_p)
+            probabilities = drawn_from(logits, temperature, top_k, top_p, min_p)
             token = draw(probabilities, noise(key, len(prompt) + len(tokens)))
         tokens.append(token)
         logprobs.append(math.log(probabilities[token]))

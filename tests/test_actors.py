@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from opd.actors import LocalActor, Runtime, open_runtime
+from opd.actors import ActorDied, LocalActor, Runtime, open_runtime
 from opd.config import ConfigError, RuntimeConfig
 from opd.types import Actor, Store, VersionSpan
 
@@ -124,6 +124,9 @@ def test_exceptions_come_out_of_result_as_what_they_were(counter: Actor) -> None
     with pytest.raises(Spelling) as misspelt:
         counter.submit("fail", Spelling, "unknown letter", "q").result(WAIT)
     assert misspelt.value.letter == "q" and misspelt.value.args == ("unknown letter", "q")
+    with pytest.raises(ActorDied, match="^teacher host 1 died, before or during score: gone$") as death:
+        counter.submit("fail", ActorDied, "teacher host 1", "before or during score: gone").result(WAIT)
+    assert death.value.name == "teacher host 1"  # not the one that was asked, which lives
     with pytest.raises(AttributeError, match="'Counter' object has no attribute 'substract'"):
         counter.submit("substract", 3).result(WAIT)
     with pytest.raises(TypeError, match="missing 1 required positional argument: 'kind'"):
@@ -229,8 +232,9 @@ def test_late_and_dead_actors_are_named(runtime: Runtime) -> None:
     assert late.result(WAIT) == "awake"  # late, but not lost
     dying, waiting = actor.submit("die"), actor.submit("add")
     for future, method in ((dying, "die"), (waiting, "add"), (actor.submit("add"), "add")):
-        with pytest.raises(RuntimeError, match=f"spare died, before or during {method}: "):
+        with pytest.raises(ActorDied, match=f"^spare died, before or during {method}: ") as death:
             future.result(WAIT)
+        assert death.value.name == "spare"
 
     def gone() -> bool:
         try:

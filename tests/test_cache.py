@@ -125,6 +125,8 @@ def assert_holds(cache: Cache, sequences: dict[int, list[int]]) -> None:
         if blocks:
             found = at.read_entries(state, blocks, ratio, torch.float32)[..., 0]
             assert found.tolist() == [entries + [0.0] * (blocks - len(entries)) for entries in expected]
+            found = at.paged_rows(state, blocks).read(torch.float32)[..., 0]
+            assert [row[: len(entries)] for row, entries in zip(found.tolist(), expected, strict=True)] == expected
             picks = [random.choices([-1, *range(len(entries))], k=6) for entries in expected]
             found = at.read_picks(state, torch.tensor(picks), torch.float32)[..., 0]
             assert found.tolist() == [
@@ -468,11 +470,13 @@ def test_fp8_is_exact_where_it_can_be() -> None:
 
 def test_what_is_not_finite_does_not_come_back_finite() -> None:
     for bad in (torch.nan, torch.inf, -torch.inf):
-        for channel in (3, 66):
-            rows = torch.randn(2, 70)
-            rows[0, channel] = bad
-            found = fp8(70, 6).decode(fp8(70, 6).encode(rows), torch.float32)
-            assert not found[0, channel].isfinite() and found[1].isfinite().all()
+        for row_format in (fp8(96, 6), RowFormat("fp4", 96, 6, torch.float32)):
+            for channel in (3, 92):
+                rows = torch.randn(2, 96)
+                rows[0, channel] = bad
+                found = row_format.decode(row_format.encode(rows), torch.float32)
+                assert not found[0, channel].isfinite() and found[0, 40:60].isfinite().all()
+                assert found[1].isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -710,18 +714,29 @@ def test_the_packed_layout_stays_close_to_the_plain_one() -> None:
     assert min(distances) > 1e-3 and max(distances) < 2.0**-5
 
 
+@pytest.mark.parametrize("layout", ["plain", "packed"])
 @torch.no_grad()
-def test_index_keys_that_are_in_mxfp4_already_are_stored_as_they_are() -> None:
+def test_index_keys_that_are_in_mxfp4_already_are_stored_as_they_are(layout: Layout) -> None:
     config = small_model().config
     model = DeepseekV4(config, fp4_index=True)
     model.load_state_dict(small_model().state_dict())
-    plain, packed = (poisoned_cache(model, 1, 40, None, layout) for layout in cast(list[Layout], ["plain", "packed"]))
-    tokens = random_tokens(40)
-    for cache in (plain, packed):
-        extend(model, cache, [(0, 0, tokens)])
-    ours, theirs = packed.layers[0].indexer, plain.layers[0].indexer
-    assert ours is not None and theirs is not None
-    assert torch.equal(ours.format.decode(ours.entries, torch.float32), theirs.entries)
+    cache = poisoned_cache(model, 1, 40, None, layout)
+    attention, exact, seen = model.blocks[0].self_attn, [], []
+    indexer = getattr(attention.compressor, "indexer", None)
+    assert indexer is not None
+    with pytest.MonkeyPatch().context() as patch:
+        compress = indexer.compress
+        patch.setattr(indexer, "compress", lambda *inputs: exact.append(compress(*inputs)) or exact[-1])
+        tokens = random_tokens(40)
+        whole = alone(model, tokens)
+    seen = torch.cat(pieces(model, cache, {0: tokens}, {}))
+    state = cache.layers[0].indexer
+    assert state is not None and state.entries.dtype == torch.uint8 and state.entries.shape[-1] == 17
+    order = torch.as_tensor(cache.table[0])
+    keys = state.format.decode(state.entries[order].flatten(0, 1), torch.float32)
+    assert error(keys, exact[0][0]) < TOLERANCE and torch.equal(fake_quantize(keys), keys)
+    if layout == "plain":
+        assert error(seen, whole) < TOLERANCE
 
 
 def test_packed_index_keys_need_whole_blocks() -> None:

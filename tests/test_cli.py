@@ -5,9 +5,12 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +22,7 @@ from opd.__main__ import COMMANDS, compose, main
 from opd.chat import Chat, train_tokenizer
 from opd.config import ModelConfig
 from opd.model import new_v4
-from opd.weights import save_checkpoint
+from opd.weights import checkpoint_hash, save_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SHAPE = {
@@ -198,7 +201,8 @@ def test_a_run_that_another_process_works_in(command: str, opd: Opd, runs: Path)
 )
 def test_a_run_that_is_there_is_not_overwritten(command: str, part: str, opd: Opd, runs: Path) -> None:
     message = refuse(opd, runs, command, "domain=say")
-    assert f"run.name=done: {runs}/done/{part} already holds a run" in message and "run.overwrite=true" in message
+    assert f"run.name=done: {runs}/done/{part} already holds a run" in message
+    assert "resume=auto" in message and "run.overwrite=true" in message
 
 
 def test_quickstart_looks_at_every_stage_before_the_first(opd: Opd, runs: Path) -> None:
@@ -280,12 +284,11 @@ def test_a_domain_without_a_teacher(command: str, opd: Opd, runs: Path) -> None:
 @pytest.mark.parametrize("command", ["distill", "evaluate", "check"])
 def test_a_teacher_with_another_vocabulary(command: str, opd: Opd, runs: Path) -> None:
     chat = Chat.load(str(runs / "done" / "tokenizer"))
-    checkpoint(runs / "wide", chat, vocab_size=chat.vocab_size + 32)
-    message = refuse(opd, runs, command, f"teachers.say.path={runs}/wide", "run.overwrite=true")
-    assert (
-        f"teachers.say.path={runs}/wide: its vocabulary has {chat.vocab_size + 32} entries, the student's has"
-        in message
-    )
+    checkpoint(runs / "narrow", chat, vocab_size=chat.vocab_size)
+    described = runs / "narrow" / "config.json"
+    described.write_text(json.dumps({**json.loads(described.read_text()), "vocab_size": chat.vocab_size - 8}))
+    message = refuse(opd, runs, command, f"teachers.say.path={runs}/narrow", "run.overwrite=true")
+    assert f"teachers.say.path={runs}/narrow: its vocabulary has {chat.vocab_size - 8} entries" in message
 
 
 def test_a_teacher_with_another_tokenizer(opd: Opd, runs: Path) -> None:
@@ -309,6 +312,21 @@ def test_an_empty_dataset(command: str, run: str, opd: Opd, runs: Path) -> None:
     (runs / "rows.jsonl").write_text("")
     message = refuse(opd, runs, command, "domain=say", "run.overwrite=true", run=run)
     assert f"data.domains.say.path='{runs}/rows.jsonl' is an empty dataset" in message
+
+
+@pytest.mark.parametrize(
+    ("command", "run"), [("base", "fresh"), ("specialist", "done"), ("distill", "done"), ("check", "done")]
+)
+def test_a_training_prompt_longer_than_the_context(command: str, run: str, opd: Opd, runs: Path) -> None:
+    rows = (runs / "rows.jsonl").read_text().splitlines(keepends=True)
+    rows.insert(40, json.dumps({"prompt": "say " + "9" * 40, "answer": "9"}) + "\n")
+    (runs / "train.jsonl").write_text("".join(rows))
+    files = [f"data.domains.say.path={runs}/train.jsonl"]
+    message = refuse(
+        opd, runs, command, "domain=say", "run.overwrite=true", *files, "data.domains.say.eval_fraction=0.1", run=run
+    )
+    assert "data.domains.say: prompt say/train/" in message
+    assert "at most 28 fit (model.max_tokens=32 - rollout.sampling.max_new_tokens=4)" in message
 
 
 @pytest.mark.parametrize(("command", "run"), [("base", "fresh"), ("specialist", "done"), ("evaluate", "done")])
@@ -339,6 +357,131 @@ def test_a_device_that_is_not_there(command: str, opd: Opd, runs: Path) -> None:
 
 def test_a_report_of_no_run(opd: Opd, runs: Path) -> None:
     assert f"run.name=fresh: {runs}/fresh is not the folder of a run" in refuse(opd, runs, "report", run="fresh")
+
+
+# --- resume -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", ["tokenizer", "quickstart", "evaluate", "check"])
+def test_a_folder_to_resume_from_is_for_commands_of_one_stage(command: str, opd: Opd, runs: Path) -> None:
+    message = refuse(opd, runs, command, f"resume={runs}/done/base/checkpoints/step_1")
+    assert (
+        f"resume={runs}/done/base/checkpoints/step_1 is not allowed: opd {command} goes on with resume=auto" in message
+    )
+
+
+@pytest.mark.parametrize("folder", ["base/hf", "student/checkpoints/step_1", "base/checkpoints/step_7", "nowhere"])
+def test_a_folder_to_resume_from_is_one_of_the_stage(folder: str, opd: Opd, runs: Path) -> None:
+    (runs / "done" / "student" / "checkpoints" / "step_1").mkdir(parents=True)
+    message = refuse(opd, runs, "base", f"resume={runs}/done/{folder}")
+    assert f"is neither auto nor a folder step_<n> in {runs}/done/base/checkpoints" in message
+
+
+def test_a_checkpoint_that_is_not_whole_is_not_resumed_from(opd: Opd, runs: Path) -> None:
+    folder = runs / "done" / "base" / "checkpoints" / "step_1"
+    folder.mkdir(parents=True)
+    message = refuse(opd, runs, "base", f"resume={folder}")
+    assert f"{folder} is not a complete checkpoint: it has no complete.json" in message
+
+
+def test_resume_and_overwrite_are_one_too_many(opd: Opd, runs: Path) -> None:
+    assert "resume=auto goes on with a run" in refuse(opd, runs, "base", "resume=auto", "run.overwrite=true")
+
+
+def test_a_tokenizer_that_is_there_is_kept_by_a_resumed_run(opd: Opd, runs: Path) -> None:
+    before = tree(runs)
+    status, _, _ = opd("tokenizer", *settings(runs), "resume=auto")
+    assert status == 0 and tree(runs) == before
+
+
+class Running:
+    """`opd base` of a thousand steps as a process of its own, killed at the end of a test that failed."""
+
+    def __init__(self, runs: Path, *overrides: str, runtime: str = "local") -> None:
+        self.runs = runs
+        common = [
+            setting for setting in settings(runs, "fresh") if not setting.startswith(("runtime=", "stages.base."))
+        ]
+        shape = [f"model.config.{key}={json.dumps(value)}" for key, value in SHAPE.items()]
+        common += ["stages.base.prompts_per_step=4", "stages.base.checkpoint_every=2", "model.fp4_index=false"]
+        self.arguments = ["base", *common, *shape, f"runtime={runtime}", *overrides]
+        self.log = runs / "log"
+        with open(self.log, "w", encoding="utf-8") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "opd", *self.arguments],
+                stdout=log,
+                stderr=log,
+                cwd=runs,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Running:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
+    def wait_for_steps(self, steps: int) -> None:
+        path = self.runs / "fresh" / "base" / "metrics.jsonl"
+        deadline = time.monotonic() + 120
+        while not path.exists() or path.read_text().count("\n") < steps:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.02)
+
+    def losses(self) -> list[float]:
+        lines = (self.runs / "fresh" / "base" / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line)["train/loss"] for line in lines]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+def test_a_signal_saves_and_says_how_to_go_on(number: signal.Signals, runs: Path, opd: Opd) -> None:
+    with Running(runs, "stages.base.steps=1000") as running:
+        running.wait_for_steps(3)
+        os.kill(running.process.pid, number)
+        assert running.process.wait(60) == 0
+        log = running.log.read_text()
+    done = len(running.losses())
+    assert os.listdir(runs / "fresh" / "base" / "checkpoints").count(f"step_{done}") == 1
+    assert f"{number.name}: the run stops when this step is saved" in log
+    command = shlex.split(log.splitlines()[-1])
+    assert command == ["opd", *running.arguments, "resume=auto"]
+    assert log.splitlines()[-2].endswith("opd base: stopped. To go on:")
+    if number == signal.SIGTERM:
+        status, _, error = opd(*command[1:], f"stages.base.steps={done + 2}")
+        assert status == 0, error
+        assert len(running.losses()) == done + 2
+
+
+@pytest.mark.slow
+def test_a_second_signal_does_not_wait(runs: Path) -> None:
+    with Running(runs, "stages.base.steps=1000", "stages.base.prompts_per_step=20000") as running:  # a step takes long
+        deadline = time.monotonic() + 120
+        while not (runs / "fresh" / "base" / "metrics.jsonl").exists():
+            assert running.process.poll() is None and time.monotonic() < deadline, running.log.read_text()
+            time.sleep(0.05)
+        time.sleep(0.5)
+        os.kill(running.process.pid, signal.SIGTERM)
+        time.sleep(0.5)
+        assert running.process.poll() is None, "the first one waits"
+        os.kill(running.process.pid, signal.SIGTERM)
+        assert running.process.wait(30) == 130
+    assert "opd base: interrupted" in running.log.read_text()
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(runs: Path, opd: Opd) -> None:
+    with Running(runs, "stages.base.steps=1000") as running:
+        running.wait_for_steps(5)
+        os.kill(running.process.pid, signal.SIGKILL)
+        running.process.wait()
+    status, _, error = opd(*running.arguments, "stages.base.steps=12", "resume=auto")
+    assert status == 0, error
+    resumed = running.losses(), checkpoint_hash(runs / "fresh" / "base" / "hf")
+    status, _, error = opd(*running.arguments, "stages.base.steps=12", "run.overwrite=true")
+    assert status == 0, error
+    assert resumed == (running.losses(), checkpoint_hash(runs / "fresh" / "base" / "hf"))
 
 
 # --- what needs no actors and works -----------------------------------------------------------------------------------

@@ -74,10 +74,19 @@ def test_defaults_are_accepted() -> None:
         ("rollout.sampling.top_k", -1, "at least 0"),
         ("rollout.sampling.max_new_tokens", 0, "at least 1"),
         ("rollout.sampling.max_new_tokens", 64, "model.max_tokens=64"),
+        ("checkpoint.keep_last", 0, "at least 1"),
+        ("checkpoint.keep_best", -1, "at least 0"),
+        ("checkpoint.keep_best", 2, "no stage evaluates"),
+        ("checkpoint.best_metric", "eval/mean_length", "eval/pass_at_1/<domain>"),
+        ("checkpoint.best_metric", "eval/pass_at_1/physics", "spell_backward, leg_counting"),
+        ("checkpoint.best_metric", "eval/pass_at_1/leg_counting", "checkpoint.keep_best is 0"),
+        ("stages.grpo.max_staleness", -1, "at least 0"),
+        ("stages.distill.max_staleness", 1, "runtime=ray or max_staleness=0"),
+        ("runtime.max_restarts", -1, "at least 0"),
         ("learner.num_ranks", 0, "at least 1"),
         ("learner.num_ranks", 2, "runtime=ray or num_ranks=1"),
-        ("learner.zero_stage", 3, "0, 1, 2"),
-        ("learner.zero_stage", 1, "zero_stage=0 or optimizer.name=adamw"),
+        ("learner.zero_stage", 4, "0, 1, 2, 3"),
+        ("learner.zero_stage", 3, "zero_stage 0, 1 or 2, or optimizer.name=adamw"),
         ("learner.micro_batch_tokens", 63, "at least 64"),
         ("learner.grad_clip", -1.0, "at least 0"),
         ("learner.kl_tile_tokens", 0, "at least 1"),
@@ -122,6 +131,22 @@ def test_defaults_are_accepted() -> None:
         ("stages.distill.checkpoint_every", -1, "at least 0"),
         ("stages.distill.kl_temperature", 0.0, "above 0"),
         ("stages.distill.hidden_dtype", "float16", "bfloat16, float32"),
+        ("stages.distill.loss", "kl", "reverse_kl, forward_kl, mixed_kl, .*topk_reverse_kl, .*sampled_reverse_kl, "),
+        ("stages.distill.mix", 0.7, "loss=reverse_kl has none; leave it at 0.5"),
+        ("stages.distill.beta", 0.1, "loss=reverse_kl has none; leave it at 0.5"),
+        ("stages.distill.top_k", 8, "loss=reverse_kl has none; leave it at 64"),
+        ("stages.distill.advantage_clip", 1.0, "loss=reverse_kl has none; leave it at null"),
+        ("stages.distill.baseline", "kl", "loss=reverse_kl has none; leave it at none"),
+        ("stages.distill.reference_kl", -0.1, "at least 0"),
+        ("stages.distill.correction.ratio", "tis", "no expectation over the sampled token"),
+        ("stages.distill.correction.ratio", "ppo", "none, tis, mis, icepop, sequence_tis, sequence_mis"),
+        ("stages.distill.correction.high", 3.0, "ratio=none has no bounds; leave it at 2.0"),
+        ("stages.distill.correction.low", 0.1, "only ratio=icepop has a lower bound; leave it at 0.5"),
+        ("stages.distill.correction.max_mean_gap", -0.1, "at least 0"),
+        ("stages.distill.correction.opsm_delta", 0.1, "only GRPO's advantages have a sign"),
+        ("stages.grpo.correction.ratio", "icepop", "surrogate holds the ratio itself; leave it at none"),
+        ("stages.grpo.correction.opsm_delta", -0.1, "at least 0"),
+        ("stages.grpo.correction.veto", float("nan"), "at least 0"),
         ("eval.samples", -1, "at least 0"),
         ("eval.temperature", 0.0, "above 0"),
         ("eval.inline_prompts", 0, "at least 1"),
@@ -137,6 +162,18 @@ def test_a_refusal_names_key_value_and_what_is_allowed(key: str, value: Any, all
     shown = list(value) if isinstance(value, tuple) else value
     assert str(shown) in message or str(value[-1]) in message, message
     assert re.search(allowed, message), message
+
+
+def test_deadlines_of_unknown_phases_and_of_nothing() -> None:
+    with pytest.raises(ConfigError, match="runtime.deadlines: the phase=publish .* rollout, score, train, checkpoint"):
+        check_config(config(runtime__deadlines={"publish": 9.0}))
+    with pytest.raises(ConfigError, match="runtime.deadlines.score=0.0 is too small; it must be above 0"):
+        check_config(config(runtime__deadlines={"train": 9.0, "score": 0.0}))
+
+
+def test_a_run_is_resumed_or_overwritten() -> None:
+    with pytest.raises(ConfigError, match="resume=auto goes on with a run and run.overwrite=true replaces it"):
+        check_config(config(resume="auto", run__overwrite=True))
 
 
 @pytest.mark.parametrize(
@@ -252,7 +289,7 @@ def test_routes_that_cannot_work(teachers: dict[str, TeacherConfig], message: st
         (["model.famly=hf"], r"Key 'famly' not in 'ModelConfig'"),
         (["+model.famly=hf"], r"model\.famly is not a key; model has: family, path"),
         (["++model.famly=hf"], r"model\.famly is not a key"),
-        (["+speed=1"], r"speed is not a key; the configuration has: seed, domain, run"),
+        (["+speed=1"], r"speed is not a key; the configuration has: seed, domain, resume, run"),
         (["+data.domains.spell_backward.weigth=2", *TWO], r"spell_backward\.weigth is not a key; .* weight"),
         (["teachers.spell_backward.pth=x", *TWO], r"Key 'pth' not in 'TeacherConfig'"),
         (["teachers.spell_backward.domains=[1]", *TWO], r"teachers\.spell_backward\.domains"),
@@ -367,6 +404,8 @@ def test_every_file_of_conf_composes_and_says_what_it_sets(file: str) -> None:
     overrides = [f"{group}=[{name}]"] if group in ("data", "teachers") else [f"{group}={name}"]
     if name == "hf":
         overrides.append("model.path=some/model")
+    if name == "endpoint":
+        overrides.append("stages.distill.loss=sampled_reverse_kl")
     _, plain = compose("distill", overrides)
     text = (ROOT / file).read_text()
     package = re.search(r"@package (\S+)", text)
@@ -405,13 +444,18 @@ CALLED = {
     "CompletionConfig": {"sampling"},
     "RolloutConfig": {"rollout"},
     "TeacherConfig": {"teacher", "config", "_teachers"},
+    "RemoteConfig": {"remote", "_remote"},
+    "PoolConfig": {"pool"},
     "LearnerConfig": {"learner"},
+    "LoraConfig": {"lora"},
     "OptimizerConfig": {"optimizer", "config"},
     "RuntimeConfig": {"runtime", "config"},
     "StagesConfig": {"stages"},
     "StageConfig": {"stage", "settings"},
     "GrpoConfig": {"stage", "settings"},
     "DistillConfig": {"stage", "settings", "distill"},
+    "CorrectionConfig": {"correction"},
+    "CheckpointConfig": {"checkpoint", "_keep"},
     "EvalConfig": {"eval"},
     "TrackingConfig": {"tracking"},
 }
@@ -443,7 +487,7 @@ def test_every_key_is_read_somewhere() -> None:
             if path == ROOT / "opd" / "config.py":  # its checks read everything; its routing is the real thing
                 tree = next(node for node in ast.walk(tree) if getattr(node, "name", "") == "teacher_routes")
             reads |= set(_reads(tree))
-    records = _records(Config) | {DomainConfig, TeacherConfig}
+    records = _records(Config) | _records(DomainConfig) | _records(TeacherConfig)
     assert {record.__name__ for record in records} == CALLED.keys()
     unread = [
         f"{record.__name__}.{entry.name}"
@@ -460,3 +504,85 @@ def test_the_search_for_unread_keys_sees_one() -> None:
     reads = set(_reads(ast.parse("a.domain.eval_path; path.where; x = self._teachers[n].revision; y.steps = 1")))
     assert ("domain", "eval_path") in reads and ("domain", "where") not in reads
     assert ("_teachers", "revision") in reads and not any(name == "steps" for _, name in reads)
+
+
+REMOTE = TeacherConfig(path="http://127.0.0.1:1/v1", family="remote", tokenizer="t")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"loss": "mixed_kl", "mix": 1.5}, r"distill\.mix=1\.5 is not in \[0, 1\]"),
+        ({"loss": "jensen_shannon", "beta": 1.0}, r"distill\.beta=1\.0 is not in \(0, 1\); .*loss=forward_kl"),
+        ({"loss": "topk_reverse_kl", "top_k": 0}, r"distill\.top_k=0 .*at least 1"),
+        (
+            {"loss": "topk_reverse_kl", "mix": 0.1},
+            r"distill\.mix=0\.1 would be ignored: .*loss=topk_reverse_kl has none",
+        ),
+        ({"loss": "sampled_reverse_kl", "advantage_clip": 0.0}, r"distill\.advantage_clip=0\.0 .*above 0"),
+        ({"loss": "sampled_reverse_kl", "baseline": "value"}, r"distill\.baseline=value .*none, kl"),
+        ({"loss": "sampled_reverse_kl_k2", "baseline": "kl"}, r"distill\.baseline=kl would be ignored"),
+        (
+            {"loss": "sampled_forward_kl", "temperature": 0.8},
+            r"temperature=0\.8 and .*kl_temperature=1\.0 must be equal",
+        ),
+        ({"loss": "topk_sampled_reverse_kl", "kl_temperature": 2.0}, r"kl_temperature=2\.0 must be equal"),
+        ({"correction__veto": 1e-4, "temperature": 0.0}, r"temperature=0 cannot work with .*correction"),
+        ({"masked_ids": [3, -1]}, r"distill\.masked_ids\[1\]=-1 .*at least 0"),
+        ({"loss": "topk_forward_kl", "correction__ratio": "mis"}, r"correction\.ratio=mis would be ignored"),
+        (
+            {"loss": "sampled_reverse_kl", "correction__ratio": "icepop", "correction__low": 3.0},
+            r"high=2\.0 .*above 3\.0",
+        ),
+    ],
+)
+def test_losses_that_cannot_be(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_config(config(**{f"stages__distill__{key}": value for key, value in changes.items()}))
+
+
+def test_losses_that_their_teachers_or_rollouts_do_not_allow() -> None:
+    def check(**changes: Any) -> None:
+        others = {key: changes.pop(key) for key in list(changes) if key == "teachers" or "__" in key}
+        stage = {f"stages__distill__{key}": value for key, value in changes.items()}
+        check_config(config(stages__grpo__steps=0, **stage, **others))
+
+    remote = {"teachers": {"api": REMOTE}}
+    for loss in ("reverse_kl", "forward_kl", "mixed_kl", "jensen_shannon"):
+        with pytest.raises(ConfigError, match=f"loss={loss} needs hidden states, and teachers.api.family=remote"):
+            check(loss=loss, **remote)
+    with pytest.raises(ConfigError, match="baseline=kl needs hidden states"):
+        check(loss="sampled_reverse_kl", baseline="kl", **remote)
+    with pytest.raises(ConfigError, match=r"teachers\.api\.remote\.top_k=0 is too small; .*top_k=64"):
+        check(loss="topk_tail_reverse_kl", **remote)
+    with pytest.raises(ConfigError, match=r"kl_temperature=2\.0 must be 1\.0: .*teachers\.api"):
+        check(loss="sampled_reverse_kl", kl_temperature=2.0, temperature=2.0, **remote)
+    check(loss="sampled_reverse_kl", **remote)
+    check(loss="reverse_kl", steps=0, **remote)  # no distillation, nothing to refuse
+    for key, value in (("top_p", 0.9), ("top_k", 5), ("min_p", 0.1)):
+        truncated = {f"rollout__sampling__{key}": value}
+        check(**truncated)
+        for loss in ("sampled_reverse_kl", "topk_sampled_reverse_kl"):
+            with pytest.raises(ConfigError, match=f"{key}={value}.* must be off .*distill.loss={loss}"):
+                check(loss=loss, **truncated)
+        with pytest.raises(ConfigError, match=r"must be off .*stages\.distill\.correction"):
+            check(stages__distill__correction__max_mean_gap=0.1, **truncated)
+
+
+def test_losses_and_corrections_that_make_sense() -> None:
+    for changes in (
+        {"loss": "mixed_kl", "mix": 0.2},
+        {"loss": "jensen_shannon", "beta": 0.1, "masked_ids": [0, 1]},
+        {"loss": "topk_reverse_kl", "top_k": 8, "correction__max_mean_gap": 0.1, "correction__veto": 1e-4},
+        {"loss": "topk_sampled_reverse_kl", "correction__ratio": "tis", "correction__high": 3.0},
+        {"loss": "sampled_reverse_kl", "advantage_clip": 5.0, "baseline": "kl", "correction__ratio": "icepop"},
+        {
+            "loss": "sampled_forward_kl",
+            "correction__ratio": "icepop",
+            "correction__low": 0.2,
+            "correction__max_k3": 0.1,
+        },
+        {"reference_kl": 0.1},
+    ):
+        check_config(config(**{f"stages__distill__{key}": value for key, value in changes.items()}))
+    check_config(config(stages__grpo__correction__opsm_delta=0.5, stages__grpo__correction__max_mean_gap=0.1))

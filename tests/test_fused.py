@@ -15,7 +15,6 @@ from opd.kernels.library import operators
 from opd.model.hyper_connection import HyperConnection, HyperHead
 from opd.model.layers import RMSNorm, norm_rotate, rope_rotation, rotate, swiglu, unit_rms
 from opd.model.moe import Experts
-from opd.model.sparse import Reach, sparse_attention
 
 pytestmark = pytest.mark.skipif(operators() is None, reason="no C++ compiler, and no library in the cache")
 BOUNDS = {torch.float64: 1e-11, torch.float32: 3e-5}
@@ -257,62 +256,6 @@ def test_gradients_do_not_depend_on_the_number_of_threads(threads: Callable[[int
 def test_other_dtypes_and_devices_are_left_alone() -> None:
     assert not fused.usable(torch.ones(1, dtype=torch.bfloat16))
     assert not fused.usable(torch.ones(1, device="meta"))
-
-
-def few_keys(
-    batch: int, length: int, heads: int, width: int, window: int, entries: int, topk: int, past: int, dtype: torch.dtype
-) -> tuple[list[Tensor | None], Reach]:
-    """Query, recent keys, entries and sinks of a call, and what its queries may see."""
-    generator = torch.Generator().manual_seed(length)
-    leaves = [
-        inputs(batch, length, heads, width, seed=1, dtype=dtype),
-        inputs(batch, past + length, width, dtype=dtype),
-    ]
-    leaves += [inputs(batch, entries, width, seed=2, dtype=dtype)] if entries else []
-    leaves += [inputs(heads, seed=3, dtype=dtype)]
-    visible = ((torch.arange(length) + 1) // 4).clamp(max=entries)[None] if entries else None
-    picks = None
-    if topk and visible is not None:
-        hidden = torch.arange(entries) >= visible.expand(batch, -1)[..., None]
-        best = torch.rand(batch, length, entries, generator=generator).masked_fill_(hidden, -1).topk(topk, -1)
-        picks = torch.where(best.values >= 0, best.indices, -1)
-    first = torch.randint(0, past + 1, (batch,), generator=generator) if past else None
-    reach = Reach(window, past=past, first=first, visible=visible, ratio=4, picks=picks)
-    found: list[Tensor | None] = [leaf.requires_grad_() for leaf in leaves]
-    return (found if entries else [*found[:2], None, found[2]]), reach
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("batch", "length", "heads", "width", "window", "entries", "topk", "past"),
-    [
-        (2, 20, 4, 32, 8, 5, 0, 0),
-        (2, 20, 3, 20, 8, 5, 2, 0),
-        (1, 300, 5, 7, 16, 75, 6, 0),  # one row, whose queries are taken in parts
-        (3, 16, 2, 33, 50, 0, 0, 0),  # a window longer than the row
-        (2, 9, 4, 16, 4, 0, 0, 5),
-        (2, 40, 1, 1, 1, 10, 0, 3),
-    ],
-)
-def test_attention(
-    batch: int, length: int, heads: int, width: int, window: int, entries: int, topk: int, past: int, dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    (query, recent, given, sinks), reach = few_keys(batch, length, heads, width, window, entries, topk, past, dtype)
-    assert query is not None and recent is not None and sinks is not None
-    leaves = [leaf for leaf in (query, recent, given, sinks) if leaf is not None]
-    agree(*both_ways(lambda: [sparse_attention(query, recent, given, sinks, reach)], leaves, monkeypatch))
-
-
-def test_attention_is_the_same_bits_on_any_number_of_threads(threads: Callable[[int], None]) -> None:
-    found = []
-    for count in (1, 2):
-        threads(count)
-        (query, recent, given, sinks), reach = few_keys(1, 400, 4, 32, 16, 100, 8, 0, torch.float32)
-        assert query is not None and recent is not None and given is not None and sinks is not None
-        out = sparse_attention(query, recent, given, sinks, reach)
-        found.append([out, *torch.autograd.grad(out.square().sum(), [query, recent, given, sinks])])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 def test_a_decoding_step_reads_the_cache_as_it_lies() -> None:

@@ -28,7 +28,9 @@ from transformers import (
 )
 
 from opd.config import ConfigError
+from opd.engine import loading_divided
 from opd.fp4 import dequantize, fake_quantize, pack_weights, packed_weights, quantize
+from opd.group import join
 from opd.model.hub import load_hub_model
 from opd.weights import apply_snapshot, load_snapshot, named_weights, save_checkpoint, save_snapshot, snapshot_of
 
@@ -214,3 +216,19 @@ def test_linears_that_blocks_do_not_divide_are_refused(tmp_path: Path) -> None:
     tiny("qwen3").save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"down_proj.weight has shape \(32, 48\); with model.fp4=linears.*fp4=none"):
         load_hub_model(str(tmp_path), fp4="linears")
+
+
+def test_a_model_is_divided_as_it_is_read_and_still_examined(tmp_path: Path) -> None:
+    join(0, 1, "gloo", "", 0)
+    for kind in ("qwen3", "llama_tied", "gemma"):
+        tiny(kind).save_pretrained(tmp_path / kind)
+        with loading_divided("cpu"):
+            divided: Any = load_hub_model(str(tmp_path / kind))
+        whole = load_hub_model(str(tmp_path / kind))
+        for one, two in zip(divided.parameters(), whole.parameters(), strict=True):
+            assert one.numel() == 0 and one.ds_shape == two.shape  # nothing of it is here but its share
+            assert torch.equal(one.ds_tensor.view(-1)[: two.numel()], two.view(-1))  # of one rank, which is all
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(**SHAPE)).save_pretrained(tmp_path / "capped")
+    with loading_divided("cpu"), pytest.raises(ConfigError, match="final_logit_softcapping"):
+        load_hub_model(str(tmp_path / "capped"))

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parent.parent
 PRODUCT = ("opd", "rollout", "teachers")
 FOLDERS = (*PRODUCT, "conf", "tests", "scripts")
 
-JOINTS = {"opd/train.py", "opd/evaluate.py", "opd/pipeline.py", "opd/__main__.py"}
+JOINTS = {f"opd/{name}.py" for name in ("crew", "progress", "train", "evaluate", "pipeline", "__main__")}
 HOMES = {
     "ray": {"opd/actors.py"},
-    "deepspeed": {"opd/learner.py"},
+    "deepspeed": {"opd/engine.py"},
     "wandb": {"opd/metrics.py"},
     "hydra": {"opd/__main__.py"},
     "omegaconf": {"opd/__main__.py", "opd/config.py"},

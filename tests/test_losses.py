@@ -1,411 +1,24 @@
-"""Losses against dense float64 oracles, and the identities that hold for no wrong formula."""
+"""Log-probabilities, GRPO and the train/sampler gap against slow oracles, and identities that no wrong formula has."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
-from opd.losses import (
-    KlResult,
-    group_advantages,
-    grpo_loss,
-    logsumexp_at,
-    reverse_kl,
-    sampler_gap,
-    token_logprobs,
-)
+from opd.divergence import compare
+from opd.logits import TileSizes
+from opd.losses import group_advantages, grpo_loss, likeliest, logsumexp_at, sampler_gap, token_logprobs
 from tests import oracles
-
-# (tokens, vocabulary, student width, teacher width, temperature, tile_tokens, tile_vocab)
-SHAPES = [
-    (7, 37, 5, 9, 1.0, 1024, 8192),  # one tile
-    (7, 37, 5, 9, 0.7, 7, 37),  # one tile, filled
-    (7, 37, 5, 9, 1.0, 3, 8),  # ragged tiles both ways
-    (5, 16, 4, 4, 2.5, 1024, 8),  # fewer tokens than a tile, vocabulary a multiple
-    (11, 23, 6, 3, 0.5, 4, 1),  # tiles one entry wide
-    (3, 19, 2, 2, 1.0, 1, 1),
-    (1, 1, 3, 3, 1.0, 1, 1),  # a vocabulary of one
-    (64, 301, 16, 24, 1.3, 16, 100),
-]
-
-
-def random_inputs(
-    num_tokens: int, vocab_size: int, student_width: int, teacher_width: int, dtype: torch.dtype, seed: int = 0
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """student hidden and head (both with gradients), teacher hidden and head, weights (one of them 0), targets."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(rows: int, width: int, scale: float) -> Tensor:
-        return (torch.randn(rows, width, generator=generator, dtype=torch.float64) * scale).to(dtype)
-
-    hidden, head = normal(num_tokens, student_width, 1.0), normal(vocab_size, student_width, 2 / student_width**0.5)
-    teacher = normal(num_tokens, teacher_width, 1.0), normal(vocab_size, teacher_width, 2 / teacher_width**0.5)
-    weights = torch.rand(num_tokens, generator=generator)
-    if num_tokens > 2:
-        weights[1] = 0.0
-    targets = torch.randint(vocab_size, (num_tokens,), generator=generator)
-    return hidden.requires_grad_(), head.requires_grad_(), *teacher, weights, targets
-
-
-def from_logits(
-    student_logits: Tensor, teacher_logits: Tensor, weights: Tensor | None = None, **options: float
-) -> tuple[KlResult, Tensor]:
-    """KL of given logits [N, V] and dL/dz [N, V]: hidden states are the logits, heads the identity."""
-    z = student_logits.clone().requires_grad_()
-    identity = torch.eye(z.shape[1], dtype=z.dtype)
-    weights = torch.ones(len(z)) if weights is None else weights
-    targets = torch.zeros(len(z), dtype=torch.int64)
-    result = reverse_kl(z, identity, teacher_logits, identity, weights, targets, **options)  # pyright: ignore[reportArgumentType]
-    (gradient,) = torch.autograd.grad(result.loss, z)
-    return result, gradient
-
-
-def relative(actual: Tensor, expected: Tensor) -> float:
-    """Norm-wise relative error."""
-    return float((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-300))
+from tests.test_divergence import SHAPES, from_logits, random_inputs, relative
 
 
 def softmax_pair(vocab_size: int = 13, seed: int = 3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(2, vocab_size, generator=generator, dtype=torch.float64) * 1.5
     return logits[0], logits[1]
-
-
-# ---- reverse KL ------------------------------------------------------------------------------------------------------
-
-KL_FIELDS = ("kl", "student_entropy", "teacher_entropy", "student_logprobs", "teacher_logprobs")
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_reverse_kl_matches_dense_autograd(shape: tuple, dtype: torch.dtype) -> None:
-    *sizes, temperature, tile_tokens, tile_vocab = shape
-    inputs = random_inputs(*sizes, dtype=dtype)
-    result = reverse_kl(*inputs, temperature=temperature, tile_tokens=tile_tokens, tile_vocab=tile_vocab)
-    expected = oracles.dense_reverse_kl(*inputs, temperature)
-    hidden_grad, head_grad = torch.autograd.grad(result.loss, inputs[:2])
-    value_error, gradient_error = (1e-12, 1e-12) if dtype == torch.float64 else (5e-6, 1e-5)
-    assert result.loss.dtype == dtype
-    for field in KL_FIELDS:
-        actual = getattr(result, field)
-        assert not actual.requires_grad
-        assert actual.dtype == dtype
-        torch.testing.assert_close(actual.double(), expected[field], atol=value_error, rtol=value_error)
-    torch.testing.assert_close(
-        result.loss.double(), expected["loss"], atol=value_error, rtol=value_error, check_dtype=False
-    )
-    assert torch.equal(result.top1_agree, expected["top1_agree"])
-    if sizes[1] > 1:
-        assert relative(hidden_grad, expected["hidden_grad"]) <= gradient_error
-        assert relative(head_grad, expected["head_grad"]) <= gradient_error
-    else:
-        assert hidden_grad.count_nonzero() == head_grad.count_nonzero() == 0
-
-
-@pytest.mark.parametrize("tiles", [(1024, 8192), (17, 500)])
-def test_float32_resolves_a_small_kl(tiles: tuple[int, int]) -> None:
-    """A student close to its teacher: the KL of about 0.01 is the difference of numbers near 7."""
-    hidden, head, *_, weights, targets = random_inputs(40, 2000, 32, 32, torch.float32)
-    noise = torch.Generator().manual_seed(9)
-    teacher_head = head.detach() + 0.05 * torch.randn(head.shape, generator=noise) / 32**0.5 * 3
-    inputs = (hidden, head, hidden.detach(), teacher_head, weights, targets)
-    result = reverse_kl(*inputs, tile_tokens=tiles[0], tile_vocab=tiles[1])
-    expected = oracles.dense_reverse_kl(*inputs)
-    assert 1e-3 < expected["kl"].mean() < 5e-2
-    assert (result.kl - expected["kl"]).abs().max() <= 2e-6
-    gradients = torch.autograd.grad(result.loss, (hidden, head))
-    assert relative(gradients[0], expected["hidden_grad"]) <= 1e-5
-    assert relative(gradients[1], expected["head_grad"]) <= 1e-5
-
-
-@pytest.mark.parametrize("tiles", [(1024, 8192), (5, 10)])
-def test_bfloat16_inputs_are_multiplied_in_float32(tiles: tuple[int, int]) -> None:
-    inputs = random_inputs(12, 67, 16, 8, torch.bfloat16)
-    options = {"tile_tokens": tiles[0], "tile_vocab": tiles[1]}
-    result = reverse_kl(*inputs, **options)
-    gradients = torch.autograd.grad(result.loss, inputs[:2])
-    expected = oracles.dense_reverse_kl(*inputs)
-    for field in KL_FIELDS:
-        assert getattr(result, field).dtype == torch.float32
-        assert (getattr(result, field) - expected[field]).abs().max() <= 5e-6
-    # Bit for bit the float32 computation on the same values; only the gradients are rounded to the inputs' dtype.
-    upcast = tuple(tensor.detach().float().requires_grad_() for tensor in inputs[:4])
-    in_float32 = reverse_kl(upcast[0], upcast[1], upcast[2], upcast[3], *inputs[4:], **options)
-    assert torch.equal(result.kl, in_float32.kl)
-    for actual, exact in zip(gradients, torch.autograd.grad(in_float32.loss, upcast[:2]), strict=True):
-        assert actual.dtype == torch.bfloat16
-        assert torch.equal(actual, exact.bfloat16())
-
-
-def test_mixed_dtypes_use_the_widest() -> None:
-    hidden, head, teacher_hidden, teacher_head, weights, targets = random_inputs(6, 20, 4, 4, torch.float32)
-    result = reverse_kl(hidden, head.bfloat16(), teacher_hidden.double(), teacher_head, weights, targets)
-    assert result.kl.dtype == torch.float64
-    result = reverse_kl(hidden, head.bfloat16(), teacher_hidden.bfloat16(), teacher_head, weights, targets)
-    assert result.kl.dtype == torch.float32
-
-
-def test_gradient_reaches_only_the_student_and_scales_with_the_upstream_one() -> None:
-    hidden, head, teacher_hidden, teacher_head, weights, targets = random_inputs(6, 20, 4, 5, torch.float64)
-    teacher_hidden.requires_grad_()
-    teacher_head.requires_grad_()
-    for tile_vocab in (20, 7):
-        loss = reverse_kl(hidden, head, teacher_hidden, teacher_head, weights, targets, tile_vocab=tile_vocab).loss
-        once = torch.autograd.grad(loss, (hidden, head), retain_graph=True)
-        thrice = torch.autograd.grad(-3.0 * loss, (hidden, head), retain_graph=True)
-        (only_head,) = torch.autograd.grad(loss, (head,), retain_graph=True)
-        torch.testing.assert_close([-3.0 * gradient for gradient in once], list(thrice))
-        assert torch.equal(only_head, once[1])
-        loss.backward()
-        assert torch.equal(hidden.grad, once[0])  # pyright: ignore[reportArgumentType]
-        hidden.grad = head.grad = None
-        assert teacher_hidden.grad is None
-        assert teacher_head.grad is None
-        frozen = reverse_kl(
-            hidden, head.detach(), teacher_hidden, teacher_head, weights, targets, tile_vocab=tile_vocab
-        )
-        assert torch.equal(torch.autograd.grad(frozen.loss, hidden)[0], once[0])
-
-
-@pytest.mark.parametrize("tiles", [(1024, 8192), (4, 1024), (3, 7)])
-def test_a_student_that_is_its_teacher_has_exactly_no_loss(tiles: tuple[int, int]) -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        hidden, head, *_, weights, targets = random_inputs(10, 33, 8, 8, dtype)
-        result = reverse_kl(
-            hidden, head, hidden, head, weights, targets, temperature=0.9, tile_tokens=tiles[0], tile_vocab=tiles[1]
-        )
-        gradients = torch.autograd.grad(result.loss, (hidden, head))
-        assert result.kl.count_nonzero() == 0
-        assert all(gradient.count_nonzero() == 0 for gradient in gradients)
-        assert torch.equal(result.student_entropy, result.teacher_entropy)
-        assert torch.equal(result.student_logprobs, result.teacher_logprobs)
-        assert bool(result.top1_agree.all())
-
-
-def test_tiles_token_order_and_batch_do_not_matter() -> None:
-    hidden, head, teacher_hidden, teacher_head, weights, targets = inputs = random_inputs(20, 57, 6, 9, torch.float64)
-    whole = reverse_kl(*inputs)
-    reference = torch.autograd.grad(whole.loss, (hidden, head))
-    for tile_tokens, tile_vocab in ((20, 1), (1, 57), (6, 13), (19, 56), (100, 19)):
-        tiled = reverse_kl(*inputs, tile_tokens=tile_tokens, tile_vocab=tile_vocab)
-        for field in (*KL_FIELDS, "top1_agree", "loss"):
-            torch.testing.assert_close(getattr(tiled, field), getattr(whole, field), atol=1e-12, rtol=1e-12)
-        for actual, expected in zip(torch.autograd.grad(tiled.loss, (hidden, head)), reference, strict=True):
-            assert relative(actual, expected) <= 1e-12
-    order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
-    shuffled = reverse_kl(hidden[order], head, teacher_hidden[order], teacher_head, weights[order], targets[order])
-    torch.testing.assert_close(shuffled.kl, whole.kl[order], atol=1e-13, rtol=1e-12)
-    for actual, expected in zip(torch.autograd.grad(shuffled.loss, (hidden, head)), reference, strict=True):
-        assert relative(actual, expected) <= 1e-12
-    # Two micro-batches, added up, are the whole.
-    pieces = [slice(0, 8), slice(8, 20)]
-    losses = [
-        reverse_kl(hidden[s], head, teacher_hidden[s], teacher_head, weights[s], targets[s], tile_vocab=9).loss
-        for s in pieces
-    ]
-    for actual, expected in zip(torch.autograd.grad(losses[0] + losses[1], (hidden, head)), reference, strict=True):
-        assert relative(actual, expected) <= 1e-12
-
-
-def test_permuting_the_vocabulary_permutes_the_head_gradient() -> None:
-    hidden, head, teacher_hidden, teacher_head, weights, targets = inputs = random_inputs(9, 31, 6, 4, torch.float64)
-    order = torch.randperm(31, generator=torch.Generator().manual_seed(2))
-    plain = reverse_kl(*inputs, tile_vocab=8)
-    (expected,) = torch.autograd.grad(plain.loss, head)
-    permuted_head = head.detach()[order].requires_grad_()
-    permuted = reverse_kl(
-        hidden, permuted_head, teacher_hidden, teacher_head[order], weights, order.argsort()[targets], tile_vocab=8
-    )
-    (actual,) = torch.autograd.grad(permuted.loss, permuted_head)
-    for field in (*KL_FIELDS, "top1_agree"):
-        torch.testing.assert_close(getattr(permuted, field), getattr(plain, field), atol=1e-12, rtol=1e-12)
-    assert relative(actual, expected[order]) <= 1e-12
-
-
-def test_a_constant_added_to_a_row_of_logits_changes_nothing() -> None:
-    hidden, head, teacher_hidden, teacher_head, weights, targets = random_inputs(9, 31, 6, 4, torch.float64)
-    plain = reverse_kl(hidden, head, teacher_hidden, teacher_head, weights, targets, tile_vocab=8)
-    shift = torch.linspace(-300, 500, 9, dtype=torch.float64)[:, None]
-    ones = torch.ones(31, 1, dtype=torch.float64)
-    shifted = reverse_kl(
-        torch.cat((hidden, shift), 1),
-        torch.cat((head, ones), 1),
-        torch.cat((teacher_hidden, -shift), 1),
-        torch.cat((teacher_head, ones), 1),
-        weights,
-        targets,
-        tile_vocab=8,
-    )
-    for field in KL_FIELDS:
-        torch.testing.assert_close(getattr(shifted, field), getattr(plain, field), atol=1e-11, rtol=1e-11)
-
-
-def test_gradient_in_the_logits_is_the_closed_form_and_sums_to_zero() -> None:
-    generator = torch.Generator().manual_seed(5)
-    z, u = torch.randn(2, 6, 40, generator=generator, dtype=torch.float64) * 3
-    log_p, log_q = z.log_softmax(-1), u.log_softmax(-1)
-    log_ratio = log_p - log_q
-    kl = (log_p.exp() * log_ratio).sum(-1, keepdim=True)
-    for dtype, row_sum, error in ((torch.float64, 1e-14, 1e-13), (torch.float32, 1e-6, 1e-5)):
-        for tile_vocab in (40, 11):
-            _, gradient = from_logits(z.to(dtype), u.to(dtype), tile_vocab=tile_vocab)
-            assert bool((gradient.sum(-1).abs() <= row_sum * gradient.abs().sum(-1)).all())
-            assert relative(gradient, log_p.exp() * (log_ratio - kl)) <= error
-
-
-@pytest.mark.parametrize("tile_vocab", [64, 10])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_extreme_rows(tile_vocab: int, dtype: torch.dtype) -> None:
-    vocab_size, huge = 64, 1e4
-    ordinary = torch.randn(vocab_size, generator=torch.Generator().manual_seed(6), dtype=dtype)
-    one_hot = torch.zeros(vocab_size, dtype=dtype).index_fill(0, torch.tensor([50]), huge)
-    other_hot = torch.zeros(vocab_size, dtype=dtype).index_fill(0, torch.tensor([3]), huge)
-    uniform = torch.full((vocab_size,), -huge, dtype=dtype)
-    rows = [(ordinary, one_hot), (one_hot, ordinary), (one_hot, other_hot), (one_hot, one_hot), (ordinary, uniform)]
-    rows += [(uniform, ordinary), (one_hot, uniform), (ordinary * huge, -ordinary * huge)]
-    z, u = (torch.stack(side) for side in zip(*rows, strict=True))
-    result, gradient = from_logits(z, u, tile_vocab=tile_vocab)
-    identity = torch.eye(vocab_size, dtype=torch.float64)
-    expected = oracles.dense_reverse_kl(z, identity, u, identity, torch.ones(8), torch.zeros(8, dtype=torch.int64))
-    for field in KL_FIELDS:
-        torch.testing.assert_close(
-            getattr(result, field), expected[field], atol=5e-6, rtol=1e-6, check_dtype=False, msg=field
-        )
-    assert bool(gradient.isfinite().all())
-    assert relative(gradient, expected["hidden_grad"]) <= 1e-5
-    assert result.kl[2] == huge  # all of p on one entry that q holds to be e^-10000
-    assert result.kl[3] == 0
-    assert float(result.kl[4]) == pytest.approx(math.log(vocab_size) - float(result.student_entropy[4]), abs=5e-6)
-    assert float(result.kl[6]) == pytest.approx(math.log(vocab_size), abs=5e-6)
-
-
-def test_no_tokens_and_no_weight() -> None:
-    for tile_vocab in (8, 3):
-        for num_tokens, scale in ((0, 1.0), (4, 0.0)):
-            hidden, head, teacher_hidden, teacher_head, weights, targets = random_inputs(
-                num_tokens, 8, 4, 5, torch.float32
-            )
-            weights = weights * scale
-            result = reverse_kl(hidden, head, teacher_hidden, teacher_head, weights, targets, tile_vocab=tile_vocab)
-            gradients = torch.autograd.grad(result.loss, (hidden, head))
-            assert result.loss == 0
-            assert result.kl.shape == result.top1_agree.shape == (num_tokens,)
-            assert result.top1_agree.dtype == torch.bool
-            assert [gradient.shape for gradient in gradients] == [hidden.shape, head.shape]
-            assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
-
-
-def test_several_teachers_are_their_geometric_mean() -> None:
-    """sum_i w_i KL(p || q_i) = w KL(p || q_geo) - w log Z, with q_geo of the weighted mean of the teachers' logits."""
-    generator = torch.Generator().manual_seed(7)
-    z, *teachers = torch.randn(4, 5, 29, generator=generator, dtype=torch.float64) * 2
-    shares = (0.2, 0.5, 1.1)
-    total = sum(shares)
-    mean_log = sum(w * u.log_softmax(-1) for w, u in zip(shares, teachers, strict=True)) / total
-    assert isinstance(mean_log, Tensor)
-    ones = torch.ones(5, dtype=torch.float64)
-    parts = [from_logits(z, u, w * ones, tile_vocab=10) for w, u in zip(shares, teachers, strict=True)]
-    mean, mean_gradient = from_logits(z, mean_log, total * ones, tile_vocab=10)
-    left = sum(w * part[0].kl for w, part in zip(shares, parts, strict=True))
-    assert isinstance(left, Tensor)
-    torch.testing.assert_close(left, total * mean.kl - total * mean_log.logsumexp(-1), atol=1e-12, rtol=1e-12)
-    assert relative(parts[0][1] + parts[1][1] + parts[2][1], mean_gradient) <= 1e-12
-
-
-def test_top1_agreement_across_tiles() -> None:
-    u = torch.tensor([[0.0, 1.0, 5.0, 2.0, 3.0, 4.0]] * 4)
-    z = torch.zeros(4, 6)
-    z[0, 2] = 1.0  # the same
-    z[1, 5] = 1.0  # another one, the largest of its own tile on both sides
-    z[2, 2], z[2, 4] = 1.0, 2.0  # another one, though 2 is the largest of a tile
-    z[3, 2], z[3, 3] = 1.0, 1.0  # a tie that holds the teacher's
-    for tile_vocab in (6, 3, 2, 1):
-        result, _ = from_logits(z, u, tile_vocab=tile_vocab)
-        assert result.top1_agree.tolist() == [True, False, False, True]
-
-
-def test_refuses_what_does_not_fit() -> None:
-    hidden, head, teacher_hidden, teacher_head, weights, targets = random_inputs(4, 8, 4, 5, torch.float32)
-    with pytest.raises(ValueError, match="vocabulary of 8, teacher_head one of 7"):
-        reverse_kl(hidden, head, teacher_hidden, teacher_head[:7], weights, targets)
-    with pytest.raises(ValueError, match=r"teacher_hidden has shape \(4, 5\) and teacher_head \(8, 3\)"):
-        reverse_kl(hidden, head, teacher_hidden, teacher_head[:, :3], weights, targets)
-    with pytest.raises(ValueError, match="student_hidden has 4 tokens, teacher_hidden has 3"):
-        reverse_kl(hidden, head, teacher_hidden[:3], teacher_head, weights, targets)
-    with pytest.raises(ValueError, match=r"weights has shape \(4, 1\)"):
-        reverse_kl(hidden, head, teacher_hidden, teacher_head, weights[:, None], targets)
-    with pytest.raises(ValueError, match="ids from 0 to 8; student_head has ids 0 to 7"):
-        reverse_kl(hidden, head, teacher_hidden, teacher_head, weights, torch.tensor([0, 8, 1, 1]))
-    with pytest.raises(ValueError, match=r"targets is torch\.int32"):
-        reverse_kl(hidden, head, teacher_hidden, teacher_head, weights, targets.int())
-    with pytest.raises(ValueError, match=r"temperature=0\.0"):
-        token_logprobs(hidden, head, targets, temperature=0.0)
-    with pytest.raises(ValueError, match="tile_vocab=0"):
-        token_logprobs(hidden, head, targets, tile_vocab=0)
-
-
-@pytest.mark.parametrize("bad", [-math.inf, math.inf, math.nan])
-@pytest.mark.parametrize("tile_vocab", [8, 3])
-def test_names_the_id_whose_teacher_logit_is_not_finite(bad: float, tile_vocab: int) -> None:
-    z, u = torch.zeros(4, 8), torch.zeros(4, 8)
-    u[2, 5] = bad
-    identity, bias = torch.eye(8), torch.zeros(8, 1)
-    bias[6] = bad
-    targets, weights = torch.zeros(4, dtype=torch.int64), torch.ones(4)
-    # From a head whose bias column holds it, so that every position has it at one id.
-    teacher_hidden, teacher_head = torch.cat((z, torch.ones(4, 1)), 1), torch.cat((identity, bias), 1)
-    with pytest.raises(ValueError, match=f"token id 6 is {bad} at position 0"):
-        reverse_kl(z, identity, teacher_hidden, teacher_head, weights, targets, tile_vocab=tile_vocab)
-    # A student at fault is not the teacher's error: the loss shows it.
-    assert bool(reverse_kl(u, identity, z, identity, weights, targets, tile_vocab=tile_vocab).loss.isnan())
-
-
-def peak_bytes(function: Callable[[], object]) -> int:
-    """Largest total of tensor memory that `function` holds beyond what was there before."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as run:
-        function()
-    held = peak = 0
-    assert run.profiler is not None
-    assert run.profiler.kineto_results is not None
-    for event in run.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue]
-            peak = max(peak, held)
-    return peak
-
-
-@pytest.mark.parametrize("loss", ["reverse_kl", "token_logprobs"])
-def test_memory_is_three_tiles_whatever_the_number_of_tokens(loss: str) -> None:
-    tile_tokens, tile_vocab, vocab_size, width = 64, 256, 1024, 8
-    tile_bytes = 4 * tile_tokens * tile_vocab
-
-    def peak(num_tokens: int) -> int:
-        hidden, head, teacher_hidden, teacher_head, weights, targets = random_inputs(
-            num_tokens, vocab_size, width, width, torch.float32
-        )
-
-        def step() -> None:
-            tiles = {"tile_tokens": tile_tokens, "tile_vocab": tile_vocab}
-            if loss == "reverse_kl":
-                result = reverse_kl(hidden, head, teacher_hidden, teacher_head, weights, targets, **tiles).loss
-            else:
-                result = token_logprobs(hidden, head, targets, **tiles)[0].sum()
-            torch.autograd.grad(result, (hidden, head))
-
-        step()
-        return peak_bytes(step)
-
-    few, many = peak(128), peak(8 * 128)
-    head_grad, per_token = 4 * vocab_size * width, 4 * (2 * width + 64)  # generous: gradient, and rows of statistics
-    assert few > 2 * tile_bytes  # the measurement sees the tiles
-    for num_tokens, measured in ((128, few), (8 * 128, many)):
-        assert measured <= 3 * tile_bytes + 2 * head_grad + num_tokens * per_token
-    assert many < 4 * (8 * 128) * vocab_size / 8  # an eighth of one [N, V] tensor
 
 
 # ---- log-probabilities -----------------------------------------------------------------------------------------------
@@ -431,14 +44,34 @@ def test_token_logprobs_match_dense_autograd(shape: tuple, dtype: torch.dtype) -
         assert relative(head_grad, expected["head_grad"]) <= gradient_error
 
 
-def test_token_logprobs_are_those_of_reverse_kl() -> None:
-    hidden, head, teacher_hidden, teacher_head, weights, targets = random_inputs(9, 50, 6, 7, torch.float32)
-    for tile_vocab in (50, 12):
-        options = {"temperature": 1.7, "tile_tokens": 4, "tile_vocab": tile_vocab}
-        result = reverse_kl(hidden, head, teacher_hidden, teacher_head, weights, targets, **options)
-        logprobs, entropy = token_logprobs(hidden, head, targets, **options)
-        assert torch.equal(logprobs, result.student_logprobs)
-        assert torch.equal(entropy, result.student_entropy)
+def test_token_logprobs_are_those_of_the_comparison() -> None:
+    hidden, head, teacher_hidden, teacher_head, targets = random_inputs(9, 50, 6, 7, torch.float32)
+    inputs = (hidden, head, teacher_hidden, teacher_head)
+    several = torch.randint(50, (9, 3), generator=torch.Generator().manual_seed(3))
+    for tile_tokens, tile_vocab in ((9, 50), (4, 12)):
+        for ids in (targets, several):
+            tiles = TileSizes(tile_tokens=tile_tokens, tile_vocab=tile_vocab)
+            result = compare(*inputs, ids, temperature=1.7, **tiles)
+            logprobs, entropy = token_logprobs(hidden, head, ids, temperature=1.7, **tiles)
+            assert torch.equal(logprobs, result.student_logprobs)
+            assert torch.equal(entropy, result.student_entropy)
+            upstream = torch.linspace(-1, 2, ids.numel()).view(ids.shape)
+            mine = torch.autograd.grad((upstream * logprobs).sum(), inputs[:2])
+            theirs = torch.autograd.grad((upstream * result.student_logprobs).sum(), inputs[:2])
+            for one, two in zip(mine, theirs, strict=True):
+                assert relative(one, two) <= 1e-6
+
+
+def test_likeliest_is_top_k_of_the_whole_row() -> None:
+    hidden, head, *_ = random_inputs(9, 50, 6, 7, torch.float32)
+    for k in (1, 7, 50):
+        expected = (hidden @ head.T).topk(k).indices
+        for tile_tokens, tile_vocab in ((9, 50), (4, 12), (2, 3)):
+            assert torch.equal(likeliest(hidden, head, k, tile_tokens=tile_tokens, tile_vocab=tile_vocab), expected)
+    assert likeliest(hidden[:0], head, 3).shape == (0, 3)
+    for k in (0, 51):
+        with pytest.raises(ValueError, match=f"k={k} is not allowed; it must be 1 to 50"):
+            likeliest(hidden, head, k)
 
 
 def test_token_logprobs_of_no_tokens_and_of_bfloat16() -> None:
@@ -455,7 +88,7 @@ def test_token_logprobs_of_no_tokens_and_of_bfloat16() -> None:
 
 
 def test_logsumexp_at_tells_one_head_from_another() -> None:
-    _, _, hidden, head, *_ = random_inputs(3, 100, 4, 16, torch.float32)
+    _, _, hidden, head, _ = random_inputs(3, 100, 4, 16, torch.float32)
     expected = (hidden.double() @ head.double().T).logsumexp(-1)
     for tile_vocab in (8192, 100, 33, 1):
         torch.testing.assert_close(
@@ -535,7 +168,8 @@ def test_the_expected_kl_term_has_the_gradient_of_the_exact_kl() -> None:
     """E over the sampler, by enumeration, of V3.2's term: value and gradient of KL(policy || reference)."""
     z, u = softmax_pair()
     sampler = softmax_pair(seed=4)[0].log_softmax(-1)
-    exact, expected = from_logits(z[None], u[None])
+    exact, row = from_logits(z[None], u[None])
+    (expected,) = torch.autograd.grad(exact.reverse_kl.sum(), row)
     logits = z.clone().requires_grad_()
     result = grpo_loss(
         logits.log_softmax(-1),
@@ -547,7 +181,7 @@ def test_the_expected_kl_term_has_the_gradient_of_the_exact_kl() -> None:
         kl_coefficient=1.0,
     )
     (actual,) = torch.autograd.grad(result.loss, logits)
-    assert result.loss.item() == pytest.approx(float(exact.kl[0]), rel=1e-12)
+    assert result.loss.item() == pytest.approx(exact.reverse_kl[0].item(), rel=1e-12)
     torch.testing.assert_close(actual, expected[0], atol=1e-15, rtol=1e-12)
 
 
@@ -555,7 +189,8 @@ def test_the_expected_score_function_gradient_is_that_of_the_exact_kl() -> None:
     """E over the policy, by enumeration, of GRPO with the advantage log q - log p (k1): the reverse KL's gradient, with
     any baseline; and of a constant advantage: none."""
     z, u = softmax_pair()
-    _, expected = from_logits(z[None], u[None])
+    exact, row = from_logits(z[None], u[None])
+    (expected,) = torch.autograd.grad(exact.reverse_kl.sum(), row)
     log_p, log_q = z.log_softmax(-1), u.log_softmax(-1)
 
     def gradient_of(advantages: Tensor) -> Tensor:

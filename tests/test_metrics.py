@@ -22,13 +22,19 @@ DISABLED = TrackingConfig(wandb="disabled")
 EMITTED = [
     "train/loss", "train/grad_norm", "train/lr", "train/skipped_steps", "train/tokens",
     "train/balance_loss", "train/index_loss", "train/index_recall", "train/load_imbalance",
+    "distill/kl_to_reference/{d}", "distill/topk_student_mass/{d}", "distill/topk_teacher_mass/{d}",
+    "distill/advantage_clip_share/{d}", "distill/special_share/{d}", "distill/ratio_truncated_share/{d}",
+    "distill/ratio_masked_share/{d}", "distill/geometric_share/{d}", "distill/k3_share/{d}", "distill/veto_share/{d}",
+    "grpo/geometric_share/{d}", "grpo/k3_share/{d}", "grpo/veto_share/{d}", "grpo/opsm_share/{d}",
     "sft/nll/{d}", "sft/entropy/{d}", "sft/mtp_nll",
     "grpo/entropy/{d}", "distill/reverse_kl",
     "distill/reverse_kl/{d}", "distill/kl_max/{d}", "distill/student_entropy/{d}", "distill/teacher_entropy/{d}",
     "distill/top1_agreement/{d}", "distill/head_loads", "teacher/{d}/tokens", "teacher/{d}/token_share",
     "teacher/{d}/reverse_kl", "teacher/{d}/score_seconds", "teacher/{d}/load_seconds", "gap/k1", "gap/k3",
+    "teacher/{d}/wait_seconds", "teacher/{d}/entropy_share", "teacher/{d}/repeat_error",
     "gap/max_logprob_gap", "gap/ess", "gap/outside_share", "gap/mean_ratio", "rollout/tokens", "rollout/mean_length",
-    "rollout/max_length", "rollout/truncated_share", "rollout/mean_length/{d}", "rollout/truncated_share/{d}",
+    "rollout/staleness", "rollout/max_staleness", "rollout/max_length", "rollout/truncated_share",
+    "rollout/mean_length/{d}", "rollout/truncated_share/{d}",
     "reward/mean", "reward/mean/{d}", "reward/pass_rate/{d}", "reward/verifier_errors", "grpo/clip_share",
     "grpo/kl_to_reference", "grpo/zero_advantage_share", "fp4/changed_code_share", "eval/pass_at_1/{d}",
     "eval/pass_at_k/{d}", "eval/mean_length/{d}", "phase/rollout_seconds", "phase/score_seconds",
@@ -189,6 +195,10 @@ def test_wandb_offline_is_silent_stays_in_the_run_and_hides_secrets(
             True,
         )
         metrics.log(1, {"train/loss": 1.0, "train/grad_norm": math.nan})
+    tracking, known = TrackingConfig(project="proj"), metrics.wandb_id
+    with Metrics(str(tmp_path), tracking, config, "grpo", 10, quiet=True, wandb_id=known) as metrics:
+        assert metrics._wandb is not None and metrics._wandb.id == metrics.wandb_id == known == run.id
+        metrics.log(2, {"train/loss": 0.5})
     files = [path for path in (tmp_path / "wandb").rglob("*") if path.is_file()]
     assert any(path.suffix == ".wandb" for path in files)
     assert not any(secret in path.read_bytes() for path in files for secret in (b"s3cret", b"k" * 40))

@@ -23,13 +23,15 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DeepseekV4Config, DeepseekV4ForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import opd.model.attention
+import opd.model.indexer
 import opd.model.sparse
 from opd.config import ConfigError, ModelConfig
 from opd.fp4 import fake_quantize
 from opd.model import DeepseekV4, load_model, new_v4
-from opd.model.attention import Attention, Compressor, hadamard, index_scores
+from opd.model.attention import Attention, Compressor
 from opd.model.cache import Cache, Layout
 from opd.model.hyper_connection import HyperConnection, HyperHead, sinkhorn
+from opd.model.indexer import hadamard, index_scores
 from opd.model.layers import (
     GroupedLinear,
     RMSNorm,
@@ -718,7 +720,7 @@ def slow_index_loss(attention: Attention, frequencies: Tensor, h: Tensor, length
 def test_the_indexer_learns_from_attention_and_moves_nothing_else(
     indexing: Any, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opd.model.attention, "QUERY_BLOCK", block)
+    monkeypatch.setattr(opd.model.indexer, "QUERY_BLOCK", block)
     attention, frequencies = one_attention(CSA, index_topk=2)
     h = inputs(3, 26, 32).requires_grad_()
     lengths = [26, 17, 11]  # the last has no query that must choose
@@ -779,7 +781,7 @@ def test_index_scores_survive_the_hadamard_rotation_and_are_mxfp4_when_asked() -
     plain = scored()
     with pytest.MonkeyPatch().context() as patch:
         indexer.quantized = True
-        patch.setattr(opd.model.attention, "fake_quantize", lambda x: x)
+        patch.setattr(opd.model.indexer, "fake_quantize", lambda x: x)
         assert error(scored(), plain) < 1e-5  # the matrix is float32
     rounded = scored()
     keys = indexer.compress(h, frequencies)

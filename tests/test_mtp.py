@@ -30,6 +30,7 @@ from opd.muon import assign
 from opd.types import Advantage, Demonstration, Group, Prompt, Trajectory
 from opd.weights import apply_snapshot, named_weights, read_tensors, save_checkpoint, snapshot_of
 from tests import oracles
+from tests.test_learner import gradients_of
 
 FIELDS: dict[str, Any] = {
     "vocab_size": 26, "hidden_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 3,
@@ -373,16 +374,8 @@ def test_demonstrations_train_block_and_trunk(tmp_path: Path) -> None:
     assert count_ahead < count  # a prompt of one token
     (total / count + 0.4 * ahead / count_ahead).backward()
 
-    seen: dict[str, Tensor] = {}
-    take_step = learner._engine.step
-
-    def spy() -> None:
-        seen.update({name: p.grad.clone() for name, p in learner.model.named_parameters() if p.grad is not None})
-        take_step()
-
-    learner._engine.step = spy
     before = {name: value.clone() for name, value in named_weights(learner.model).items()}
-    stats = learner.step(plan(groups, signals, num_ranks=1, micro_batch_tokens=16), {})
+    seen, stats = gradients_of(learner, plan(groups, signals, num_ranks=1, micro_batch_tokens=16), {})
     metrics = merge_stats([stats])
     assert metrics["sft/mtp_nll"] == pytest.approx(ahead.item() / count_ahead, rel=1e-5)
     assert metrics["train/loss"] == pytest.approx(total.item() / count, rel=1e-5)
@@ -435,6 +428,7 @@ def test_other_stages_keep_the_block_as_it_is(tmp_path: Path, optimizer: str, ze
     assert all(torch.equal(after[n], before[n]) == n.startswith("mtp.") for n in after if n.endswith("o_b_proj.weight"))
     assert all(torch.equal(after[n], before[n]) for n in after if n.startswith("mtp."))
     learner.save(tmp_path / "saved")
+    learner.finish_saving()
     kept: Any = load_model(dataclasses.replace(learner.settings.model, path=str(tmp_path / "saved" / "hf")), mtp=True)
     assert all(torch.equal(kept.state_dict()[n], before[n]) for n in before if n.startswith("mtp."))
 

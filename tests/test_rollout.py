@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import itertools
 import math
 import os
 import random
+import resource
 import signal
 import threading
 import time
@@ -30,7 +32,7 @@ from transformers import (
 )
 
 import rollout.engine
-from opd.actors import LocalStore, Runtime, open_runtime
+from opd.actors import ActorDied, LocalStore, Runtime, open_runtime
 from opd.config import (
     Config,
     ConfigError,
@@ -43,8 +45,9 @@ from opd.config import (
     SamplingConfig,
     check_config,
 )
-from opd.fp4 import dequantize, is_fp4_name, packed_weights
+from opd.fp4 import Fp4Linear, dequantize, is_fp4_name, packed_weights
 from opd.model import HubModel
+from opd.model.hub import load_hub_model
 from opd.model.transformer import DeepseekV4, initialize, v4_config
 from opd.types import Actor, Fp4Tensor, Future, Group, Prompt, Trajectory, VersionSpan
 from opd.weights import named_weights, save_checkpoint, snapshot_of
@@ -52,7 +55,7 @@ from rollout.engine import V4Engine, pages_of
 from rollout.fleet import PROBES, Fleet
 from rollout.hub_engine import HubEngine
 from rollout.request import NO_SAMPLES, Request, Samples, TruncatedTrajectory
-from rollout.sampling import sample, trajectory_key, uniform
+from rollout.sampling import sample, trajectory_key, truncates, uniform
 from rollout.wal import Log, LogDamaged, LogKey, read_batch, read_log
 from rollout.worker import RolloutWorker
 
@@ -62,6 +65,7 @@ PROMPT_LENGTHS = (1, 4, 7, 13, 3, 20, 8, 30)  # on both sides of block and windo
 SAMPLED = SamplingConfig(temperature=1.0, max_new_tokens=8)
 GREEDY = SamplingConfig(temperature=0.0, max_new_tokens=8)
 TRUNCATED = SamplingConfig(temperature=0.7, top_k=12, top_p=0.8, max_new_tokens=8)
+ALL_CUTS = SamplingConfig(temperature=1.1, top_k=20, top_p=0.9, min_p=0.05, max_new_tokens=8)
 
 
 def v4(seed: int, fp4: str = "none") -> DeepseekV4:
@@ -133,6 +137,7 @@ def assert_is_oracles(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
+            min_p=sampling.min_p,
             most_tokens=min(sampling.max_new_tokens, MAX_TOKENS - len(prompt)),
             stop_ids=stop_ids,
         )
@@ -142,6 +147,30 @@ def assert_is_oracles(
         assert trajectory.finish_reason == reason
         assert trajectory.loss_mask.tolist() == [False] * len(prompt) + [True] * len(tokens)
         assert (trajectory.token_ids.dtype, trajectory.sampler_logprobs.dtype) == (np.int32, np.float32)
+
+
+def assert_kept_is_oracles(
+    trajectory: Trajectory, sampling: SamplingConfig, logits_after: Callable[[list[int]], list[float]]
+) -> None:
+    """Which ids truncation kept at each token, and what the token's log-prob was before: enough to replay it."""
+    if not truncates(sampling):  # there is nothing to replay
+        assert type(trajectory) is Trajectory
+        return
+    t = trajectory
+    assert isinstance(t, TruncatedTrajectory)
+    assert (t.kept_counts.dtype, t.kept_ids.dtype, t.untruncated_logprobs.dtype) == (np.int32, np.int32, np.float32)
+    start = len(t.token_ids) - t.num_loss_tokens
+    assert not t.kept_counts[:start].any() and not t.untruncated_logprobs[:start].any()
+    kept_ids = np.split(t.kept_ids, t.kept_counts.cumsum())
+    assert len(kept_ids[-1]) == 0
+    for position in range(start, len(t.token_ids)):
+        logits, token = logits_after(t.token_ids[:position].tolist()), int(t.token_ids[position])
+        plain = oracles.drawn_from(logits, sampling.temperature, 0, 1.0)
+        kept = [token for token, p in enumerate(truncated(logits, sampling)) if p > 0]
+        assert kept_ids[position].tolist() == kept
+        assert t.untruncated_logprobs[position] == pytest.approx(math.log(plain[token]), abs=1e-4)
+        replayed = plain[token] / sum(plain[i] for i in kept)
+        assert t.sampler_logprobs[position] == pytest.approx(math.log(replayed), abs=1e-4)
 
 
 @torch.inference_mode()
@@ -233,10 +262,7 @@ def test_draw_is_the_oracles(temperature: float, top_k: int, top_p: float) -> No
 
 
 def truncated(logits: list[float], sampling: SamplingConfig) -> list[float]:
-    """The oracle's distribution, without what min-p cuts off after the rest."""
-    p = oracles.drawn_from(logits, sampling.temperature, sampling.top_k, sampling.top_p)
-    kept = [value if value >= sampling.min_p * max(p) else 0.0 for value in p]
-    return [value / sum(kept) for value in kept]
+    return oracles.drawn_from(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
 
 
 @pytest.mark.parametrize(("top_k", "top_p", "min_p"), [(0, 1.0, 0.3), (4, 1.0, 0.05), (0, 0.7, 0.6), (3, 0.9, 0.2)])
@@ -302,6 +328,42 @@ def test_engine_is_the_slow_oracle(
     if sampling is SAMPLED:  # the case is worth something only if both ends happen, and not at the same length
         assert {t.finish_reason for t in produced} == {"stop", "length"}
         assert len({t.num_loss_tokens for t in produced}) > 3
+
+
+@pytest.mark.parametrize(
+    "sampling", [SAMPLED, GREEDY, TRUNCATED, ALL_CUTS], ids=["sampled", "greedy", "truncated", "all_cuts"]
+)
+def test_whoever_samples_in_whatever_order_it_is_the_slow_oracle(policy: DeepseekV4, sampling: SamplingConfig) -> None:
+    """Requests are dealt to several engines at random; each has slots, pages and chunks of its own."""
+    requests, stop_ids = requests_of(2), (STOP, 9)
+    logits: dict[tuple[int, ...], list[float]] = {}
+
+    def logits_after(token_ids: list[int]) -> list[float]:
+        key = tuple(token_ids)
+        if key not in logits:
+            logits[key] = v4_logits(policy, token_ids)
+        return logits[key]
+
+    for trial in range(3):
+        rng = random.Random(trial)
+        num_engines = rng.randint(1, 3)
+        hands: list[list[Request]] = [[] for _ in range(num_engines)]
+        for request in rng.sample(requests, len(requests)):
+            rng.choice(hands).append(request)
+        for hand in hands:
+            engine = V4Engine(
+                policy,
+                num_slots=rng.choice((1, 2, 5, 20)),
+                max_tokens=MAX_TOKENS,
+                stop_ids=stop_ids,
+                seed=SEED,
+                prefill_tokens=rng.choice((2, 8, 29, 200)),
+                num_pages=rng.choice((4, 5, 9, None)),
+            )
+            produced = engine.generate(hand, sampling, 0)
+            assert_is_oracles(produced, hand, sampling, logits_after, list(stop_ids))
+            for trajectory in produced:
+                assert_kept_is_oracles(trajectory, sampling, logits_after)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 5, 30])
@@ -488,31 +550,6 @@ def test_a_request_may_have_a_limit_of_its_own(policy: DeepseekV4) -> None:
         engine_of(policy, 5).generate([dataclasses.replace(requests[0], max_new_tokens=0)], SAMPLED, 0)
 
 
-@pytest.mark.parametrize("min_p", [0.0, 0.1])
-def test_what_truncation_kept_is_recorded(policy: DeepseekV4, min_p: float) -> None:
-    sampling = dataclasses.replace(TRUNCATED, min_p=min_p)
-    requests = requests_of(2, (1, 3, 4))
-    for t in engine_of(policy, 4).generate(requests, sampling, 0):
-        assert isinstance(t, TruncatedTrajectory)
-        start = len(t.token_ids) - t.num_loss_tokens
-        assert not t.kept_counts[:start].any() and not t.untruncated_logprobs[:start].any()
-        at = 0
-        for position in range(start, len(t.token_ids)):
-            logits = v4_logits(policy, t.token_ids[:position].tolist())
-            plain = oracles.drawn_from(logits, sampling.temperature, 0, 1.0)
-            kept = [token for token, p in enumerate(truncated(logits, sampling)) if p > 0]
-            count = int(t.kept_counts[position])
-            assert t.kept_ids[at : at + count].tolist() == kept
-            at += count
-            token = int(t.token_ids[position])
-            assert t.untruncated_logprobs[position] == pytest.approx(math.log(plain[token]), abs=1e-4)
-            replayed = plain[token] / sum(plain[i] for i in kept)
-            assert t.sampler_logprobs[position] == pytest.approx(math.log(replayed), abs=1e-4)
-        assert at == len(t.kept_ids)
-    for other in (SAMPLED, dataclasses.replace(sampling, temperature=0.0)):  # nothing is cut off
-        assert {type(t) for t in engine_of(policy, 4).generate(requests, other, 0)} == {Trajectory}
-
-
 def test_nobody_waits_for_a_long_prompt(policy: DeepseekV4, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between two chunks of reading there is a decoding step, and no chunk is above the budget."""
     sizes: list[tuple[int, int]] = []
@@ -535,10 +572,10 @@ def test_nobody_waits_for_a_long_prompt(policy: DeepseekV4, monkeypatch: pytest.
 
 
 def hub_model(kind: str) -> PreTrainedModel:
-    torch.manual_seed(3)
+    torch.manual_seed(5)
     shape: dict[str, Any] = {
-        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64,
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 64,
         "initializer_range": 0.3, "pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1,
     }  # fmt: skip
     match kind:
@@ -587,8 +624,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     return str(folders[0]), str(folders[1])
 
 
-def worker_of(path: str, store: LocalStore | None = None, family: str = "deepseek_v4") -> RolloutWorker:
-    fp4 = "experts" if family == "deepseek_v4" else "none"
+def worker_of(
+    path: str, store: LocalStore | None = None, family: str = "deepseek_v4", fp4: str = "experts"
+) -> RolloutWorker:
     return RolloutWorker(
         ModelConfig(family=family, path=path, max_tokens=MAX_TOKENS, fp4=fp4),
         RolloutConfig(num_slots=6),
@@ -690,16 +728,32 @@ def test_a_snapshot_that_does_not_fit_changes_nothing(checkpoints: tuple[str, st
     assert len(worker.generate(requests_of(1), SAMPLED, 1)) == len(PROMPT_LENGTHS)
 
 
-def test_worker_serves_models_of_the_hub(tmp_path: Path) -> None:
-    model = hub_model("qwen3")
-    model.save_pretrained(tmp_path)
-    worker = worker_of(str(tmp_path), family="hf")
-    worker.load_checkpoint(str(tmp_path), 0)
-    requests = requests_of(1)
-    produced = worker.generate(requests, SAMPLED, 0)
-    assert_is_oracles(produced, requests, SAMPLED, lambda ids: hub_logits(model, ids), [STOP])
-    probe = worker.probe([produced[3].token_ids.tolist()])
-    np.testing.assert_allclose(probe[12:], produced[3].sampler_logprobs[13:], rtol=0, atol=1e-4)
+@pytest.mark.parametrize("fp4", ["none", "linears"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3"])
+def test_worker_serves_models_of_the_hub(tmp_path: Path, kind: str, fp4: str) -> None:
+    """Packed linears in the place of plain ones, ragged prompts, rows that end one by one: the tokens are those of one
+    whole reading after another by the learner's own forward, which rounds its masters."""
+    hub_model(kind).save_pretrained(tmp_path)
+    learner = load_hub_model(str(tmp_path), fp4=fp4)
+    worker = worker_of(str(tmp_path), family="hf", fp4=fp4)
+    num_packed = sum(isinstance(module, Fp4Linear) for module in worker.policy.modules())
+    assert num_packed == (3 * 7 if fp4 == "linears" else 0)  # of every layer: q, k, v, o, gate, up, down
+    worker.load(snapshot_of(learner, 3, fp4))
+
+    @torch.inference_mode()
+    def logits_after(token_ids: list[int]) -> list[float]:
+        hidden = learner(torch.tensor([token_ids]), torch.tensor([len(token_ids)])).hidden[0, -1]
+        return (learner.head.double() @ hidden.double()).tolist()
+
+    requests = requests_of(2)
+    for sampling in (SAMPLED, ALL_CUTS):
+        produced = worker.generate(requests, sampling, 3)
+        assert_is_oracles(produced, requests, sampling, logits_after, [STOP])
+        for trajectory in produced:
+            assert_kept_is_oracles(trajectory, sampling, logits_after)
+    (plain,) = worker.generate(requests[6:7], SAMPLED, 3)
+    probe, start = worker.probe([plain.token_ids.tolist()]), len(requests[6].token_ids)
+    np.testing.assert_allclose(probe[start - 1 :], plain.sampler_logprobs[start:], rtol=0, atol=1e-4)
 
 
 @pytest.fixture
@@ -732,11 +786,13 @@ def flat(groups: Sequence[Group]) -> list[Trajectory]:
     return [trajectory for group in groups for trajectory in group.trajectories]
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
-def test_number_of_workers_changes_nothing(fleets: Callable[[int], Fleet], num_workers: int) -> None:
+@pytest.mark.parametrize(("num_workers", "sampling"), [(2, SAMPLED), (3, SAMPLED), (2, ALL_CUTS)])
+def test_number_of_workers_changes_nothing(
+    fleets: Callable[[int], Fleet], num_workers: int, sampling: SamplingConfig
+) -> None:
     prompts = [fleet_prompt(index) for index in (3, 0, 5, 2, 6)]
-    alone = fleets(1).generate(prompts, 3, SAMPLED, version=0, tag="grpo/7")
-    groups = fleets(num_workers).generate(prompts, 3, SAMPLED, version=0, tag="grpo/7")
+    alone = fleets(1).generate(prompts, 3, sampling, version=0, tag="grpo/7")
+    groups = fleets(num_workers).generate(prompts, 3, sampling, version=0, tag="grpo/7")
     assert [group.prompt.id for group in groups] == [prompt.id for prompt in prompts]
     for group in groups:
         assert [t.id for t in group.trajectories] == [f"{group.prompt.id}#{k}@grpo/7" for k in range(3)]
@@ -744,7 +800,7 @@ def test_number_of_workers_changes_nothing(fleets: Callable[[int], Fleet], num_w
             assert (trajectory.prompt_id, trajectory.domain) == (group.prompt.id, "d")
             assert tuple(trajectory.token_ids[~trajectory.loss_mask]) == group.prompt.token_ids
     assert_same(flat(groups), flat(alone))
-    again = fleets(num_workers).generate(prompts, 3, SAMPLED, version=0, tag="grpo/8")
+    again = fleets(num_workers).generate(prompts, 3, sampling, version=0, tag="grpo/8")
     assert sum(a.token_ids.tolist() == b.token_ids.tolist() for a, b in zip(flat(again), flat(alone), strict=True)) < 4
 
 
@@ -853,7 +909,7 @@ class Outcome:
 
 
 class Mortal:
-    """An actor whose object may die in a call, and says so in the words of the Ray runtime."""
+    """An actor whose object may die in a call, and says so as the Ray runtime does."""
 
     def __init__(self, name: str, worker: RolloutWorker) -> None:
         self.name, self.worker, self.dead, self.methods = name, worker, False, []
@@ -867,7 +923,7 @@ class Mortal:
             self.dead = True
         except Exception as error:
             return Outcome(error=error)
-        return Outcome(error=RuntimeError(f"{self.name} died, before or during {method}: gone"))
+        return Outcome(error=ActorDied(self.name, f"before or during {method}: gone"))
 
 
 @dataclasses.dataclass
@@ -960,36 +1016,140 @@ def test_deaths_between_batches_and_without_a_log(
     cast(Mortal, fleet.workers[0]).dead = True
     with pytest.raises(RuntimeError, match="rollout worker 0 died 4 times in a row without producing a token"):
         fleet.generate(prompts, 2, SAMPLED, version=4, tag="t")
+    monkeypatch.setattr(RolloutWorker, "_apply", lambda *_: (_ for _ in ()).throw(ActorDied("learner rank 0", "gone")))
+    with pytest.raises(ActorDied, match="learner rank 0 died, gone"):  # which is no reason to replace the worker
+        mortal_fleet(tmp_path, checkpoints[0], 2).load(snapshot)
     lonely = Fleet([Mortal("rollout worker 9", cast(Any, None))], 60.0)
     cast(Mortal, lonely.workers[0]).dead = True
     with pytest.raises(RuntimeError, match="rollout worker 9 died, before or during load: gone"):
         lonely.load(snapshot)
 
 
-def test_a_log_of_somebody_else_stops_the_worker(
-    checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def flipped(log: bytes, rng: random.Random) -> bytes:
+    place = rng.randrange(len(log))
+    return log[:place] + bytes([log[place] ^ 1 << rng.randrange(8)]) + log[place + 1 :]
+
+
+def cut(log: bytes, rng: random.Random) -> bytes:
+    return log[: rng.randrange(len(log))]
+
+
+def of_another_fleet(log: bytes, rng: random.Random) -> bytes:
+    """A whole and sound log, of the same worker and batch of another run."""
+    return OTHER_LOGS[0]
+
+
+OTHER_LOGS: list[bytes] = []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flipped, r"the (head of the )?frame at byte \d+ was changed|is not a write-ahead log of this program's"),
+        (
+            of_another_fleet,
+            r"is the log of batch 1 of 'rollout worker 0' in run '\w+', not of batch 1 of .* in run '\w+'",
+        ),
+        (lambda log, rng: b"a diary", "is not a write-ahead log of this program's: it begins with b'a diary'"),
+        (cut, None),
+        (lambda log, rng: b"", None),
+    ],
+    ids=["flipped", "of_another_fleet", "no_log", "cut", "empty"],
+)
+def test_what_becomes_of_a_log_between_two_lives(
+    checkpoints: tuple[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[bytes, random.Random], bytes],
+    message: str | None,
 ) -> None:
-    fleet = mortal_fleet(tmp_path, checkpoints[0], 1)
-    fleet.load_checkpoint(checkpoints[0])
-    deaths = Deaths([2], "after")
+    """Damage is found and named and nothing is sampled over it; a log cut anywhere serves with what is left of it."""
+    prompts = [fleet_prompt(index) for index in (3, 0)]
 
-    def append(log: Log, *rest: Any) -> None:
-        try:
-            deaths.append(log, *rest)
-        except Killed:
-            data = bytearray(Path(log.path).read_bytes())
-            data[-3] ^= 4
-            Path(log.path).write_bytes(data)
-            raise
+    def fleet_in(folder: Path) -> Fleet:
+        fleet = mortal_fleet(folder, checkpoints[0], 1)
+        fleet.load_checkpoint(checkpoints[0])
+        return fleet
 
-    monkeypatch.setattr(Log, "append", append)
-    with pytest.raises(LogDamaged, match=r"rollout_worker_0\.wal: the frame at byte \d+ was changed"):
-        fleet.generate([fleet_prompt(3)], 2, SAMPLED, version=0, tag="t")
-    mine = tmp_path / "wal" / "rollout_worker_0.wal"
-    mine.write_text("a diary")
+    expected = flat(fleet_in(tmp_path / "other").generate(prompts, 2, SAMPLED, version=0, tag="t"))
+    OTHER_LOGS[:] = [(tmp_path / "other" / "wal" / "rollout_worker_0.wal").read_bytes()]
+    path = tmp_path / "wal" / "rollout_worker_0.wal"
+    for trial in range(6):
+        fleet, deaths = fleet_in(tmp_path), Deaths([3], "after")
+        found: list[bytes] = []
+
+        def append(
+            log: Log, *rest: Any, deaths: Deaths = deaths, trial: int = trial, found: list[bytes] = found
+        ) -> None:
+            try:
+                deaths.append(log, *rest)
+            except Killed:
+                found.append(damage(Path(log.path).read_bytes(), random.Random(trial)))
+                Path(log.path).write_bytes(found[0])
+                raise
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Log, "append", append)
+            if message is None:
+                assert_same(flat(fleet.generate(prompts, 2, SAMPLED, version=0, tag="t")), expected)
+            else:
+                with pytest.raises(LogDamaged, match=rf"rollout_worker_0\.wal:? ({message})"):
+                    fleet.generate(prompts, 2, SAMPLED, version=0, tag="t")
+        assert found and fleet.num_deaths == 1
+        if message is not None:
+            assert path.read_bytes() == found[0]  # evidence stays
+            path.unlink()
+    path.write_text("a diary")
     with pytest.raises(LogDamaged, match=r"rollout_worker_0\.wal is in the way"):
         mortal_fleet(tmp_path, checkpoints[0], 1)
-    assert mine.read_text() == "a diary"
+    assert path.read_text() == "a diary"
+
+
+@pytest.mark.parametrize("wal", ["process", "machine"])
+def test_a_full_disk_ends_the_batch_and_loses_nothing(
+    checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wal: str
+) -> None:
+    prompts = [fleet_prompt(index) for index in (3, 0, 5, 2)]
+    fleet = mortal_fleet(tmp_path, checkpoints[0], 2, wal=wal)
+    fleet.load_checkpoint(checkpoints[0])
+    expected = {t.id: t for t in flat(fleet.generate(prompts, 2, SAMPLED, version=0, tag="t"))}
+    path = tmp_path / "wal" / "rollout_worker_0.wal"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for share in (0.7, 0.8, 0.9):  # the system takes no byte beyond it
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(share * path.stat().st_size), before[1]))
+        try:
+            with pytest.raises(RuntimeError, match=r"rollout_worker_0\.wal cannot grow beyond \d+ bytes: .*make room"):
+                fleet.generate(prompts, 2, SAMPLED, version=0, tag="t")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        log = read_log(path)
+        assert log is not None and log.torn_bytes == 0 and log.num_tokens > 0
+        for request, samples in zip(log.requests, log.sampled, strict=True):
+            whole = expected[request.trajectory_id].token_ids[len(request.token_ids) :].tolist()
+            assert samples.token_ids.tolist() == whole[: len(samples)]
+        # There is room again: the fleet, none of whose workers died, makes the batch.
+        assert_same(flat(fleet.generate(prompts, 2, SAMPLED, version=0, tag="t")), list(expected.values()))
+    assert fleet.num_deaths == 0
+    # A disk that takes nothing at all, for a replacement that has to write down what it takes over.
+    deaths = Deaths([3], "after")
+    failing = errno.ENOSPC, os.strerror(errno.ENOSPC)
+    monkeypatch.setattr(Log, "append", lambda log, *rest: deaths.append(log, *rest))
+    written = Log._write
+
+    def full(log: Log, record: bytes) -> None:
+        if not deaths.steps and log.path == str(path):
+            raise OSError(*failing)
+        written(log, record)
+
+    monkeypatch.setattr(Log, "_write", full)
+    with pytest.raises(
+        RuntimeError, match=r"rollout_worker_0\.wal cannot be written: No space left on device\..*not lost"
+    ):
+        fleet.generate(prompts, 2, SAMPLED, version=0, tag="t")
+    assert fleet.num_deaths == 1
+    log = read_log(path)
+    assert log is not None and log.num_tokens == fleet.resumed_tokens > 0
+    assert sorted(os.listdir(tmp_path / "wal")) == ["rollout_worker_0.wal", "rollout_worker_1.wal"]
 
 
 def test_a_death_before_the_first_log_finds_no_older_one(checkpoints: tuple[str, str], tmp_path: Path) -> None:
@@ -1093,12 +1253,16 @@ class Visible(RolloutWorker):
     def process(self) -> int:
         return os.getpid()
 
+    def limit_files(self, size: int) -> None:
+        """The system takes no byte of a file beyond `size`: what a full disk is to this process."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
 
 @pytest.mark.ray
 def test_kill_9(ray_cluster: Runtime, checkpoints: tuple[str, str], tmp_path: Path) -> None:
-    """A real worker is ended in the middle of a batch; what comes out is the unbroken run's."""
+    """Real workers are ended in the middle of a batch; what comes out is the unbroken run's. Then a disk is full."""
     model, settings = ModelConfig(path=checkpoints[0], max_tokens=MAX_TOKENS), RolloutConfig(num_slots=6)
-    pids: list[Future] = []
+    pids: dict[int, Future] = {}
 
     def hire(index: int) -> Actor:
         worker = ray_cluster.spawn(
@@ -1111,30 +1275,47 @@ def test_kill_9(ray_cluster: Runtime, checkpoints: tuple[str, str], tmp_path: Pa
             device="cpu",
             name=f"worker {index}",
         )
-        pids.append(worker.submit("process"))
+        pids[index] = worker.submit("process")
         return worker
 
-    fleet = Fleet([hire(index) for index in range(2)], 120.0, respawn=hire, log_dir=str(tmp_path))
+    fleet = Fleet([hire(index) for index in range(2)], 600.0, respawn=hire, log_dir=str(tmp_path))
     prompts = [fleet_prompt(index) for index in (3, 0, 5, 2, 6, 1)]
+
+    def num_logged(index: int) -> int:
+        log = read_log(tmp_path / f"worker_{index}.wal")
+        return log.num_tokens if log is not None and log.batch == fleet.num_batches else 0
+
+    def batch() -> list[Trajectory]:
+        return flat(fleet.generate(prompts, 24, SAMPLED, version=4, tag="t"))
+
     try:
         fleet.load(ray_cluster.store.put(snapshot_of(v4(seed=11), 4, "experts")))
-        expected = flat(fleet.generate(prompts, 60, SAMPLED, version=4, tag="t"))
-        victim, path = pids[0].result(60.0), tmp_path / "worker_0.wal"
-        whole = path.stat().st_size
-        first = path.read_bytes()
+        expected = batch()
+        whole = [num_logged(index) for index in range(2)]
+        assert sum(whole) == sum(t.num_loss_tokens for t in expected)
 
         def kill() -> None:
-            while path.read_bytes()[:100] == first[:100] or path.stat().st_size < 0.6 * whole:
-                time.sleep(0.002)
-            os.kill(victim, signal.SIGKILL)
+            for index, share in ((0, 0.2), (1, 0.6)):
+                while not share * whole[index] < num_logged(index) < 0.95 * whole[index]:
+                    time.sleep(0.002)
+                os.kill(pids[index].result(600.0), signal.SIGKILL)
 
         killer = threading.Thread(target=kill, daemon=True)
         killer.start()
-        produced = flat(fleet.generate(prompts, 60, SAMPLED, version=4, tag="t"))
-        killer.join(10.0)
+        produced = batch()
+        killer.join(60.0)
+        assert not killer.is_alive() and fleet.num_deaths == 2
+        assert_same(produced, expected)
+        assert [num_logged(index) for index in range(2)] == whole
+        assert fleet.resumed_tokens > 0.2 * whole[0] + 0.6 * whole[1]
+
+        path = tmp_path / "worker_1.wal"
+        fleet.workers[1].submit("limit_files", path.stat().st_size * 4 // 5).result(600.0)
+        with pytest.raises(RuntimeError, match=rf"{path} cannot grow beyond \d+ bytes: .*; make room on that disk"):
+            batch()
+        log, texts = read_log(path), {t.id: t.token_ids[t.loss_mask].tolist() for t in expected}
+        assert log is not None and log.torn_bytes == 0 and log.num_tokens > 0
+        for request, samples in zip(log.requests, log.sampled, strict=True):
+            assert texts[request.trajectory_id][: len(samples)] == samples.token_ids.tolist()
     finally:
         ray_cluster.dismiss(fleet.workers)
-    assert not killer.is_alive() and fleet.num_deaths == 1 and len(pids) == 3
-    assert_same(produced, expected)
-    log = read_log(path)
-    assert log is not None and 0 < fleet.resumed_tokens < log.num_tokens

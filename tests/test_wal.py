@@ -281,6 +281,13 @@ def test_a_full_disk_says_so_and_loses_nothing(tmp_path: Path, room: int) -> Non
     assert os.listdir(tmp_path) == ["w.wal"]
 
 
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    where = dataclasses.replace(key(tmp_path), path=str(tmp_path / "file" / "wal" / "w.wal"))
+    with pytest.raises(RuntimeError, match=r"file/wal/w\.wal cannot be written: .*rollout\.wal=none"):
+        written(where, [], [])
+
+
 def test_by_owner_is_a_loop_over_tokens() -> None:
     rng = np.random.default_rng(7)
     for truncated in (False, True):

@@ -1,5 +1,5 @@
-// What the model does between its matrix products, on the CPU: hyper-connections, norms with RoPE, SwiGLU, and the way
-// to and from rows sorted by expert. Each is one pass over memory where a chain of tensor operations takes many.
+// What the model does between its matrix products, on the CPU: hyper-connections, norms with RoPE, SwiGLU, the way to
+// and from rows sorted by expert, a compressor's next token. Each is one pass over memory where a chain of tensor operations takes many.
 //
 // Forward and backward of each are operators without autograd; opd/kernels/fused.py joins them. The loops are in
 // fused_kernels.h, compiled for AVX-512, AVX2 and plain vectors; the best that the processor has is taken at run time.
@@ -321,6 +321,81 @@ std::tuple<at::Tensor, at::Tensor> gather_backward(const at::Tensor& grad, const
   return {grad_x, grad_weights};
 }
 
+// One token of each of B sequences enters the rings; -> the rows whose block it completes, the block's number, and its
+// pooled entry. kv, gate [B, S], bias [ratio, S], rings [slots, R, S] by position; with `overlap` S is twice the width.
+std::tuple<at::Tensor, at::Tensor, at::Tensor> compress_step(
+    const at::Tensor& kv, const at::Tensor& gate, const at::Tensor& bias, at::Tensor ring_kv, at::Tensor ring_gate,
+    const at::Tensor& slots, const at::Tensor& positions, bool overlap) {
+  const int64_t batch = kv.size(0), series = kv.size(1), ratio = bias.size(0), ring = ring_kv.size(1);
+  const int64_t width = overlap ? series / 2 : series;
+  const int64_t *slot = slots.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
+  std::vector<int64_t> closing;
+  for (int64_t b = 0; b < batch; ++b) {
+    if ((position[b] + 1) % ratio == 0) closing.push_back(b);
+  }
+  const int64_t closed = int64_t(closing.size());
+  at::Tensor rows = at::empty({closed}, slots.options()), blocks = at::empty({closed}, slots.options()),
+             pooled = at::empty({closed, width}, kv.options());
+  by_type(kv, [&](auto zero) {
+    using T = decltype(zero);
+    T *kept_kv = ring_kv.mutable_data_ptr<T>(), *kept_gate = ring_gate.mutable_data_ptr<T>();
+    const T *new_kv = kv.const_data_ptr<T>(), *new_gate = gate.const_data_ptr<T>(), *added = bias.const_data_ptr<T>();
+    for (int64_t b = 0; b < batch; ++b) {
+      const int64_t at = (slot[b] * ring + position[b] % ring) * series;
+      const T* own_bias = added + position[b] % ratio * series;
+      for (int64_t d = 0; d < series; ++d) {
+        kept_kv[at + d] = new_kv[b * series + d];
+        kept_gate[at + d] = new_gate[b * series + d] + own_bias[d];
+      }
+    }
+    int64_t *row = rows.mutable_data_ptr<int64_t>(), *block = blocks.mutable_data_ptr<int64_t>();
+    T* out = pooled.mutable_data_ptr<T>();
+    at::parallel_for(0, closed, std::max<int64_t>(1, GRAIN / (series * ratio * 4)), [&](int64_t begin, int64_t end) {
+      std::vector<const T*> from_kv(2 * ratio), from_gate(2 * ratio);
+      std::vector<T> weights(2 * ratio * TOKENS);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = closing[i];
+        row[i] = b;
+        block[i] = position[b] / ratio;
+        int64_t candidates = 0;
+        const auto add = [&](int64_t first, int64_t offset) {
+          for (int64_t p = first; p < first + ratio; ++p, ++candidates) {
+            const int64_t at = (slot[b] * ring + p % ring) * series + offset;
+            from_kv[candidates] = kept_kv + at;
+            from_gate[candidates] = kept_gate + at;
+          }
+        };
+        if (overlap && block[i] > 0) add((block[i] - 1) * ratio, 0);
+        add(block[i] * ratio, overlap ? width : 0);
+        WITH_BEST((fast::pool<T>(from_kv.data(), from_gate.data(), candidates, width, weights.data(), out + i * width)));
+      }
+    });
+  });
+  return {rows, blocks, pooled};
+}
+
+// Copies of tokens in the order of their experts, first come first: -> each copy's token [N K], where each token's copies
+// are [N, K], and the copies of each expert [experts].
+std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_rows(const at::Tensor& chosen, int64_t experts) {
+  const int64_t copies = chosen.numel(), per_token = chosen.size(1);
+  at::Tensor source = at::empty({copies}, chosen.options()), places = at::empty_like(chosen),
+             sizes = at::zeros({experts}, chosen.options());
+  const int64_t* expert = chosen.const_data_ptr<int64_t>();
+  int64_t *from = source.mutable_data_ptr<int64_t>(), *to = places.mutable_data_ptr<int64_t>(),
+          *size = sizes.mutable_data_ptr<int64_t>();
+  for (int64_t i = 0; i < copies; ++i) {
+    TORCH_CHECK(expert[i] >= 0 && expert[i] < experts, "expert ", expert[i], " is not one of ", experts);
+    ++size[expert[i]];
+  }
+  std::vector<int64_t> next(experts);
+  for (int64_t e = 1; e < experts; ++e) next[e] = next[e - 1] + size[e - 1];
+  for (int64_t i = 0; i < copies; ++i) {
+    to[i] = next[expert[i]]++;
+    from[to[i]] = i / per_token;
+  }
+  return {source, places, sizes};
+}
+
 at::Tensor mxfp4_values(const at::Tensor& x) {
   at::Tensor out = at::empty_like(x);
   const float* from = x.const_data_ptr<float>();
@@ -347,6 +422,9 @@ TORCH_LIBRARY_FRAGMENT(opd, library) {
               "bool back, bool with_weight) -> (Tensor, Tensor)");
   library.def("swiglu(Tensor gate, Tensor? up, float limit) -> Tensor");
   library.def("swiglu_backward(Tensor grad, Tensor gate, Tensor? up, float limit) -> (Tensor, Tensor)");
+  library.def("compress_step(Tensor kv, Tensor gate, Tensor bias, Tensor(a!) ring_kv, Tensor(b!) ring_gate, "
+              "Tensor slots, Tensor positions, bool overlap) -> (Tensor, Tensor, Tensor)");
+  library.def("expert_rows(Tensor chosen, int experts) -> (Tensor, Tensor, Tensor)");
   library.def("mxfp4_values(Tensor x) -> Tensor");
   library.def("gather(Tensor x, Tensor places, Tensor? weights) -> Tensor");
   library.def("gather_backward(Tensor grad, Tensor x, Tensor places, Tensor weights) -> (Tensor, Tensor)");
@@ -361,6 +439,8 @@ TORCH_LIBRARY_IMPL(opd, CPU, library) {
   library.impl("norm_backward", norm_backward);
   library.impl("swiglu", swiglu);
   library.impl("swiglu_backward", swiglu_backward);
+  library.impl("compress_step", compress_step);
+  library.impl("expert_rows", expert_rows);
   library.impl("mxfp4_values", mxfp4_values);
   library.impl("gather", gather);
   library.impl("gather_backward", gather_backward);

@@ -28,6 +28,21 @@ def usable(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in DTYPES and operators() is not None
 
 
+class _Nothing:
+    """Stands in for autograd's context where nothing is recorded; a node costs more than a decoding step's sums."""
+
+    needs_input_grad = (False,) * 16
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        pass
+
+
+def _run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    if torch.is_grad_enabled():
+        return function.apply(*arguments)
+    return function.forward(_Nothing(), *arguments)
+
+
 class _Collapse(torch.autograd.Function):
     """The streams are handed on to `expand`, so that their gradient arrives here whole and is added to in place."""
 
@@ -80,7 +95,7 @@ def collapse(
     streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, hc_eps: float, iterations: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The streams [n, N, D], to hand to `expand`; block input [N, D], expansion weights [n, N], residual [n, n, N]."""
-    return _Collapse.apply(streams, fn, base, scale, norm_eps, hc_eps, iterations)
+    return _run(_Collapse, streams, fn, base, scale, norm_eps, hc_eps, iterations)
 
 
 class _Expand(torch.autograd.Function):
@@ -99,7 +114,7 @@ class _Expand(torch.autograd.Function):
 
 def expand(streams: Tensor, output: Tensor, post: Tensor, residual: Tensor) -> Tensor:
     """The streams after the block, [n, N, D]."""
-    return _Expand.apply(streams, output, post, residual)
+    return _run(_Expand, streams, output, post, residual)
 
 
 class Turns(NamedTuple):
@@ -154,7 +169,7 @@ class _Norm(torch.autograd.Function):
 
 def norm_turn(x: Tensor, weight: Tensor | None, turns: Turns | None, eps: float | None) -> Tensor:
     """x [..., C] over its RMS (`eps` None: as it is), times `weight` [C], its last channels turned."""
-    return _Norm.apply(x, weight, turns, eps)
+    return _run(_Norm, x, weight, turns, eps)
 
 
 class _Swiglu(torch.autograd.Function):
@@ -176,7 +191,7 @@ class _Swiglu(torch.autograd.Function):
 
 def swiglu(gate: Tensor, up: Tensor | None, limit: float) -> Tensor:
     """As `opd.model.layers.swiglu`."""
-    return _Swiglu.apply(gate, up, limit)
+    return _run(_Swiglu, gate, up, limit)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -194,7 +209,7 @@ class _Dispatch(torch.autograd.Function):
 
 def dispatch(x: Tensor, source: Tensor, places: Tensor) -> Tensor:
     """x [N, D] in the order of its copies: row r is x[source[r]], and token t's copies are rows places[t], [N, K]."""
-    return _Dispatch.apply(x, source, places)
+    return _run(_Dispatch, x, source, places)
 
 
 class _Combine(torch.autograd.Function):
@@ -215,51 +230,13 @@ class _Combine(torch.autograd.Function):
 
 def combine(rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     """sum_k weights[t, k] rows[places[t, k]]: [N K, D], [N, K], int64 [N, K], all places once -> [N, D]."""
-    return _Combine.apply(rows, weights, places)
+    return _run(_Combine, rows, weights, places)
 
 
 def mxfp4_values(x: Tensor) -> Tensor:
     """float32 [..., K], K a multiple of 32 -> the values of its MXFP4 codes, as `opd.fp4.fake_quantize` states them."""
     ops: Any = operators()
     return ops.mxfp4_values(x.contiguous())
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, recent: Tensor, entries: Tensor | None, sinks: Tensor, *reach: Any) -> Tensor:
-        ops: Any = operators()
-        query, recent = query.contiguous(), recent.contiguous()
-        entries = None if entries is None else entries.contiguous()
-        out, log_total = ops.attention(query, recent, entries, sinks, *reach)
-        ctx.save_for_backward(query, recent, entries, sinks, log_total, *reach[:3])
-        ctx.sizes = reach[3:]
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        ops: Any = operators()
-        query, recent, entries, *rest = ctx.saved_tensors
-        of_query, of_recent, of_entries, of_sinks = ops.attention_backward(
-            grads[0].contiguous(), query, recent, entries, *rest, *ctx.sizes
-        )
-        return of_query, of_recent, None if entries is None else of_entries, of_sinks, *[None] * 5
-
-
-def attention(
-    query: Tensor,
-    recent: Tensor,
-    entries: Tensor | None,
-    sinks: Tensor,
-    *,
-    first: Tensor | None,
-    visible: Tensor | None,
-    picks: Tensor | None,
-    window: int,
-    past: int,
-) -> Tensor:
-    """As `opd.model.sparse.sparse_attention`, whose `Reach` has these fields. A query costs the keys that it sees."""
-    first, visible, picks = (None if index is None else index.contiguous() for index in (first, visible, picks))
-    return _Attention.apply(query, recent, entries, sinks, first, visible, picks, window, past)
 
 
 def decode_attention(
@@ -286,3 +263,38 @@ def decode_attention(
         query.contiguous(), own.contiguous(), ring, entries, sinks, slots, positions, pages.contiguous(),
         visible.contiguous(), None if picks is None else picks.contiguous(), most_visible,
     )  # fmt: skip
+
+
+def compress_step(
+    kv: Tensor,
+    gate: Tensor,
+    bias: Tensor,
+    ring_kv: Tensor,
+    ring_gate: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    overlap: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One token of each of B sequences enters a compressor's rings [slots, R, S], in place.
+
+    kv, gate (without bias) [B, S], bias [m, S] -> of the blocks it completes: rows and block numbers int64 [n], pooled
+    candidates [n, C], before norm and RoPE. No gradient.
+    """
+    ops: Any = operators()
+    return ops.compress_step(
+        kv.contiguous(),
+        gate.contiguous(),
+        bias,
+        ring_kv,
+        ring_gate,
+        slots.contiguous(),
+        positions.contiguous(),
+        overlap,
+    )
+
+
+def expert_rows(chosen: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """int64 [N, K] -> the token of each copy, sorted by expert and within one by token [N K]; the places of a token's
+    copies [N, K]; copies per expert [E]."""
+    ops: Any = operators()
+    return ops.expert_rows(chosen.contiguous(), experts)

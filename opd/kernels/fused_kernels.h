@@ -527,3 +527,31 @@ KERNEL static void round_mxfp4(const float* in, float* out, int64_t begin, int64
     }
   }
 }
+
+// ---- one token more for a compressor -------------------------------------------------------------------------------
+
+// Softmax over candidates, channel by channel: out[d] = sum_i exp(gate_i[d]) kv_i[d] / sum_i exp(gate_i[d]). `weights`
+// has room for a vector's channels of all candidates.
+template <typename T>
+KERNEL static void pool(const T* const* kv, const T* const* gate, int64_t candidates, int64_t width, T* weights, T* out) {
+  constexpr int count = Lanes<T>::count;
+  for (int64_t d = 0; d < width; d += count) {
+    const int64_t size = std::min<int64_t>(count, width - d);
+    alignas(64) T largest[count], sum[count] = {}, total[count] = {};
+    for (int64_t k = 0; k < size; ++k) largest[k] = gate[0][d + k];
+    for (int64_t i = 1; i < candidates; ++i) {
+      for (int64_t k = 0; k < size; ++k) largest[k] = std::max(largest[k], gate[i][d + k]);
+    }
+    for (int64_t i = 0; i < candidates; ++i) {
+      for (int64_t k = 0; k < count; ++k) weights[i * count + k] = k < size ? gate[i][d + k] - largest[k] : T(0);
+    }
+    exponential(weights, candidates * count);
+    for (int64_t i = 0; i < candidates; ++i) {
+      for (int64_t k = 0; k < size; ++k) {
+        sum[k] += weights[i * count + k];
+        total[k] += weights[i * count + k] * kv[i][d + k];
+      }
+    }
+    for (int64_t k = 0; k < size; ++k) out[d + k] = total[k] / sum[k];
+  }
+}

@@ -4,9 +4,10 @@ V4 report 3.5. A page covers `page_tokens` positions of one sequence in every la
 keys, its HCA entries. Slots hold page numbers, so samples of one prompt share its pages until one of them writes: the
 page that is written next is then copied first. The ring and the tails are small, of fixed size, and copied outright.
 
-Two layouts. "plain" stores the model's dtype. "packed" is the deployed one: keys and entries with FP8 channels and BF16
-RoPE channels, index keys in MXFP4, tails in float32 (report 3.5, the released kernels). Page numbers are decided on the
-host, in numpy; everything else stays on the device. Slots are not cleared on reuse: positions decide what is visible.
+Two layouts. "plain" stores the model's dtype, and MXFP4 for index keys that are in it anyway. "packed" is the deployed
+one: keys and entries with FP8 channels and BF16 RoPE channels, index keys in MXFP4, tails in float32 (report 3.5, the
+released kernels). Page numbers are decided on the host, in numpy; everything else stays on the device. Slots are not
+cleared on reuse: positions decide what is visible.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -72,8 +73,10 @@ class RowFormat:
             case "plain":
                 return values.to(dtype)
             case "fp4":
-                packed = quantize(values.float())
-                return torch.cat((packed.codes, packed.scales), -1)
+                values = values.float()
+                broken = ~values.isfinite().unflatten(-1, (-1, BLOCK)).all(-1)
+                packed = quantize(values.nan_to_num(0.0, 0.0, 0.0))
+                return torch.cat((packed.codes, packed.scales.masked_fill(broken, 255)), -1)  # 255 is NaN
             case "fp8":
                 plain = self.width - self.rope_dim
                 tiles = self._tiles(values[..., :plain].float())
@@ -125,6 +128,21 @@ class CompressorState:
     @property
     def per_page(self) -> int:
         return self.entries.shape[1]
+
+
+class PagedRows(NamedTuple):
+    """The first `blocks` entries of every row of a call, where they lie. Those that a row has not completed hold
+    anything."""
+
+    entries: Tensor  # [pages, entries per page, stored size]
+    pages: Tensor  # int64 [B, pages of `blocks`]: entry i of row b is on pages[b, i // per page]; -1 for none
+    format: RowFormat
+    blocks: int
+
+    def read(self, dtype: torch.dtype) -> Tensor:
+        """A copy, decoded: [B, blocks, width]."""
+        rows = self.entries[self.pages.clamp(min=0)].flatten(1, 2)[:, : self.blocks]
+        return self.format.decode(rows, dtype)
 
 
 @dataclass(slots=True)
@@ -343,13 +361,16 @@ class Extension:
         page = self.pages[rows, blocks // state.per_page]
         state.entries[page, blocks % state.per_page] = state.format.encode(entries)
 
+    def paged_rows(self, state: CompressorState, blocks: int) -> PagedRows:
+        """The first `blocks` entries of every row in place."""
+        return PagedRows(state.entries, self.pages[:, : -(-blocks // state.per_page)], state.format, blocks)
+
     def read_entries(self, state: CompressorState, blocks: int, ratio: int, dtype: torch.dtype) -> Tensor:
         """The first `blocks` entries of every row, [B, blocks, C]; those the row has not completed read zero."""
-        pages = self.pages[:, : -(-blocks // state.per_page)].clamp(min=0)
-        rows = state.entries[pages].flatten(1, 2)[:, :blocks]
+        rows = self.paged_rows(state, blocks).read(dtype)
         done = (self.starts + self.lengths) // ratio
         unwritten = torch.arange(blocks, device=rows.device) >= done[:, None]
-        return state.format.decode(rows, dtype).masked_fill(unwritten[..., None], 0.0)
+        return rows.masked_fill(unwritten[..., None], 0.0)
 
     def read_picks(self, state: CompressorState, picks: Tensor, dtype: torch.dtype) -> Tensor:
         """Entries `picks` [B, k] of every row, [B, k, C]; -1 reads zero."""

@@ -9,12 +9,15 @@ Left out: the expert balance loss. Decoding uses transformers' own cache.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache
+from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from opd.config import ConfigError
 from opd.fp4 import fake_quantize_linears
@@ -112,22 +115,42 @@ def load_hub_model(path: str, revision: str | None = None, *, fp4: str = "none")
 @torch.no_grad()
 def _refuse_unless_logits_are_head_times_hidden(path: str, inner: Any) -> None:
     """Runs a few tokens with the head's output blown up, so that a cap is seen even where a small model's logits are
-    far below it, and compares the model's own logits with head times hidden, blown up alike."""
+    far below it, and compares the model's own logits with head times hidden, blown up alike.
+
+    Of a model whose weights are divided among ranks only the head is put together, and random states take the place of
+    the trunk's: what happens to the logits afterwards is the same.
+    """
     head = inner.get_output_embeddings()
-    if head is None or getattr(head, "weight", None) is None:
+    weight = getattr(head, "weight", None)
+    if head is None or weight is None:
         raise ConfigError(
             f"{path} ({type(inner).__name__}) has no output head of its own; expected a causal language model"
         )
-    token_ids = torch.arange(PROBE_TOKENS)[None] % head.weight.shape[0]
-    output = inner.base_model(input_ids=token_ids, use_cache=False)
-    hidden = getattr(output, "last_hidden_state", None)
-    if hidden is None or hidden.shape[-1] != head.weight.shape[1]:
+    is_divided = hasattr(weight, "ds_id")
+    if is_divided:
+        weight.all_gather()
+    token_ids = torch.arange(PROBE_TOKENS)[None].to(weight.device) % weight.shape[0]
+    if is_divided:
+        hidden = torch.randn(1, PROBE_TOKENS, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        hidden = hidden.to(weight)
+    else:
+        output = inner.base_model(input_ids=token_ids, use_cache=False)
+        hidden = getattr(output, "last_hidden_state", None)
+    if hidden is None or hidden.shape[-1] != weight.shape[1]:
         raise ConfigError(f"{path} ({type(inner).__name__}) gives no last hidden state of its head's width")
-    expected = hidden @ head.weight.T
+    expected = hidden @ weight.T
     scale = PROBE_LOGIT / expected.abs().max().clamp_min(1e-6)
     hook = head.register_forward_hook(lambda module, args, logits: logits * scale)
     try:
-        logits = inner(input_ids=token_ids, use_cache=False).logits
+        with _given_states(inner.base_model, hidden) if is_divided else contextlib.nullcontext():
+            logits = inner(input_ids=token_ids, use_cache=False).logits
+    except RuntimeError as error:
+        if not is_divided:
+            raise
+        raise ConfigError(
+            f"{path} ({type(inner).__name__}) cannot be examined while its weights are divided among ranks ({error}); "
+            "use learner.zero_stage 0, 1 or 2"
+        ) from error
     finally:
         hook.remove()
     if logits.shape != expected.shape or not torch.allclose(
@@ -138,3 +161,18 @@ def _refuse_unless_logits_are_head_times_hidden(path: str, inner: Any) -> None:
             f"{path} ({type(inner).__name__}) computes logits that are not its head times its last hidden state, so "
             f"its distribution can not be rebuilt from hidden states; config.json sets {settings or 'no logit option'}"
         )
+    if is_divided:
+        weight.partition()
+
+
+@contextlib.contextmanager
+def _given_states(trunk: Any, hidden: torch.Tensor) -> Iterator[None]:
+    """Inside, `trunk`, or the decoder that some have in it, answers with these states."""
+    modules = [module for module in (trunk, getattr(trunk, "decoder", None)) if module is not None]
+    for module in modules:
+        module.forward = lambda *args, **kwargs: MoeModelOutputWithPast(last_hidden_state=hidden)
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward

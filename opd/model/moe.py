@@ -88,20 +88,23 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(experts, hidden_size, width))
 
     def forward(self, x_ND: Tensor, weights_NK: Tensor, chosen_NK: Tensor) -> Tensor:
+        experts = self.gate_up_proj.shape[0]
+        if fused.usable(x_ND) and weights_NK.dtype == x_ND.dtype:
+            source, places, counts = fused.expert_rows(chosen_NK, experts)
+            out = self._experts(fused.dispatch(x_ND, source, places), tuple(counts.tolist()))
+            return fused.combine(out, weights_NK, places)
         tokens, k = chosen_NK.shape
         order = torch.argsort(chosen_NK.flatten(), stable=True)
-        sizes = tuple(torch.bincount(chosen_NK.flatten(), minlength=self.gate_up_proj.shape[0]).tolist())
-        back = torch.empty_like(order)
-        back[order] = torch.arange(tokens * k, device=order.device)
-        back = back.view(tokens, k)
-        is_fused = fused.usable(x_ND) and weights_NK.dtype == x_ND.dtype
-        rows = fused.dispatch(x_ND, order // k, back) if is_fused else x_ND[order // k]
-        out = self._linear(
-            self.down_proj, swiglu(self._linear(self.gate_up_proj, rows, sizes), None, self.limit), sizes
-        )
-        if is_fused:
-            return fused.combine(out, weights_NK, back)
-        return weighted_sum(weights_NK.t(), out[back.t()])
+        sizes = tuple(torch.bincount(chosen_NK.flatten(), minlength=experts).tolist())
+        places = torch.empty_like(order)
+        places[order] = torch.arange(tokens * k, device=order.device)
+        out = self._experts(x_ND[order // k], sizes)
+        return weighted_sum(weights_NK.t(), out[places.view(tokens, k).t()])
+
+    def _experts(self, rows: Tensor, sizes: tuple[int, ...]) -> Tensor:
+        """Rows sorted by expert through both matrices of their experts."""
+        hidden = swiglu(self._linear(self.gate_up_proj, rows, sizes), None, self.limit)
+        return self._linear(self.down_proj, hidden, sizes)
 
     def _linear(self, weight: nn.Parameter | Fp4Experts, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
         """x, rows sorted by expert, times the transposed weight of each row's expert."""

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from opd.kernels import fused
+from opd.kernels import tiled
 
 QUERY_BLOCK = 128  # queries of a block, at most; fewer when a block's scores would exceed BLOCK_ELEMENTS
 BLOCK_ELEMENTS = 1 << 23
@@ -192,9 +192,9 @@ def sparse_attention(query: Tensor, recent: Tensor, entries: Tensor | None, sink
     """
     if entries is not None and entries.shape[1] == 0:
         entries = None
-    if fused.usable(query) and query.dtype == recent.dtype == sinks.dtype:
+    if tiled.usable(query, recent, entries, sinks):
         index = {"first": reach.first, "visible": reach.visible, "picks": reach.picks}
-        return fused.attention(query, recent, entries, sinks, window=reach.window, past=reach.past, **index)
+        return tiled.attention(query, recent, entries, sinks, window=reach.window, past=reach.past, **index)
     return _SparseAttention.apply(query, recent, entries, sinks, reach)
 
 
@@ -204,9 +204,10 @@ def entry_shares(
     """How queries begin .. end - 1 share their attention among the entries, heads together: [B, Q, M or k].
 
     Probabilities under the full softmax (window and sink included) summed over heads, then normalised to sum to 1; all
-    zero for a query that sees none. In at least float32. With picks the last dimension runs over the picks.
+    zero for a query that sees none. In at least float32. With picks the last dimension runs over the picks; without
+    them M is the number of entries that any of these queries may see.
     """
-    size = entries.shape[1] if reach.picks is None else 0
+    size = min(entries.shape[1], (reach.base + end) // reach.ratio) if reach.picks is None else 0
     block = _Block(begin, end, max(0, reach.past + begin - reach.window + 1), reach.past + end, size)
     keys, picked = _keys(block, recent, entries), _picked(block, reach, entries)
     mask = _mask(block, reach, _wide(query.dtype), query.device)

@@ -281,7 +281,8 @@ class DeepseekV4(nn.Module):
     ) -> Cache:
         """An empty cache on the parameters' device; "plain" is in their dtype. `num_pages` None: enough for all slots.
 
-        The packed layout stores index keys in MXFP4, which changes nothing where `fp4_index` has them in it already.
+        Index keys are stored in MXFP4 by the packed layout, and by both where `fp4_index` has them in it already, which
+        changes nothing but their size.
         Raises ValueError for it where index keys do not divide into blocks of 32.
         """
         config, dtype, device = self.config, self.lm_head.weight.dtype, self.lm_head.weight.device
@@ -294,7 +295,9 @@ class DeepseekV4(nn.Module):
         tail_dtype = dtype if layout == "plain" else torch.float32
         rope_dim = config.qk_rope_head_dim
         key_format = RowFormat("plain" if layout == "plain" else "fp8", config.head_dim, rope_dim, dtype)
-        index_format = RowFormat("plain" if layout == "plain" else "fp4", config.index_head_dim, rope_dim, dtype)
+        plain_index, packed_index = (
+            RowFormat(kind, config.index_head_dim, rope_dim, dtype) for kind in ("plain", "fp4")
+        )
 
         def zeros(leading: tuple[int, ...], row_format: RowFormat) -> Tensor:
             size, stored = row_format.storage
@@ -315,7 +318,9 @@ class DeepseekV4(nn.Module):
                     zeros((num_slots, config.sliding_window), key_format),
                     key_format,
                     None if compressor is None else state(compressor, key_format),
-                    None if indexer is None else state(indexer, index_format),
+                    None
+                    if indexer is None
+                    else state(indexer, packed_index if layout == "packed" or indexer.quantized else plain_index),
                 )
             )
         return cache

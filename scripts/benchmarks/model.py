@@ -1,4 +1,4 @@
-"""The V4 student beside transformers' class, and over the context: training step, memory, decoding, cache bytes.
+"""The V4 student beside transformers' class, and over the context: training step, memory, decoding, cache, recall.
 
 Both models hold the same weights and do the same step in float32: hidden states, logits and next-token cross-entropy of
 random tokens, then the backward, no gradient checkpointing. The student also rounds experts and index keys to MXFP4, as
@@ -12,6 +12,9 @@ transformers' class would need at a length that it cannot run is a T^2 + b T, fi
 Decoding is a rollout worker's, with weights held as MXFP4 bytes. It starts from a cache whose entries are random
 numbers, written without running the model, and goes greedily through the last `DECODED` tokens of the context. Weights
 are fresh ones throughout: time and memory hardly depend on what a model has learnt.
+
+What the compressed entries and the indexer are good for is the `needle` benchmark's, whose figures come last here.
+Freed memory stays with this process, as with a learner; where memory is measured it does not.
 """
 
 from __future__ import annotations
@@ -35,10 +38,11 @@ from opd.__main__ import compose
 from opd.config import ConfigError, ModelConfig
 from opd.cost import cache_bytes
 from opd.fp4 import pack_weights
+from opd.memory import keep_freed_memory
 from opd.model import DeepseekV4, new_v4
 from opd.model.cache import Cache, Layout
 from opd.model.transformer import CSA, HCA, num_parameters
-from scripts.benchmarks import Figure, interleaved, peak_memory, report, split_arguments
+from scripts.benchmarks import Figure, interleaved, needle, peak_memory, report, split_arguments
 
 OPD = "opd"
 # transformers' implementations of the experts that need no further package. Its batched_mm, made for a few tokens, is
@@ -72,6 +76,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"model: {error}", file=sys.stderr)
         return 2
+    keep_freed_memory()
     figures = [
         Figure(name="cores", value=len(os.sched_getaffinity(0)), unit="count"),
         Figure(name="threads", value=torch.get_num_threads(), unit="count"),
@@ -84,6 +89,7 @@ def main(argv: list[str]) -> int:
     figures += growth_figures(model, vocab_size)
     pack_weights(policy, model.fp4)
     figures += decoding_figures(policy)
+    figures += [replace(figure, name=f"needle: {figure.name}") for figure in needle.figures(**needle.SETTINGS)]
     title = f"the student: a step of {STEP[0]} x {STEP[1]} tokens, long sequences, decoding; beside transformers' class"
     return report(title, figures, as_json)
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import opd.model.attention
+import opd.model.indexer
 from opd.model import DeepseekV4
 from opd.model.transformer import CSA, HCA, WINDOW_ONLY, initialize, v4_config
 from scripts.benchmarks import Figure, report, split_arguments
@@ -94,13 +94,13 @@ def train(kind: str, steps: int, warmup: int, seed: int, index_weight: float) ->
 @torch.no_grad()
 def examine(model: DeepseekV4, rows: Tensor) -> tuple[float, float]:
     """Share of tokens copied right, attending to picks, and the recall at the positions that copy (0 without CSA)."""
-    all_queries = opd.model.attention.RECALL_QUERIES
+    all_queries = opd.model.indexer.RECALL_QUERIES
     try:
         # Most queries of a random text attend to nothing in particular: recall is asked where the copy is made.
-        opd.model.attention.RECALL_QUERIES = SPAN
+        opd.model.indexer.RECALL_QUERIES = SPAN
         output = model(rows[:, :-1], torch.full((ROWS,), rows.shape[1] - 1), "sparse")
     finally:
-        opd.model.attention.RECALL_QUERIES = all_queries
+        opd.model.indexer.RECALL_QUERIES = all_queries
     found = output.hidden[:, -SPAN:] @ model.head.T
     accuracy = (found.argmax(-1) == rows[:, -SPAN:]).float().mean().item()
     recall = output.index_recall

@@ -1,8 +1,8 @@
 """The rollout engine: against transformers' generate, against static batching, and what its safety costs.
 
 The student is that of the quickstart with random weights; engine and transformers' class hold the same values, the
-engine its experts as packed FP4. No stop token ends a sample here: lengths are given. Settings: threads (all cores),
-repeats (3), and kills (50), of Ray workers at random moments; 0 leaves that part out.
+engine its experts as packed FP4. No stop token ends a sample here: lengths are given. Settings: threads (all cores) and
+repeats (3).
 
 Static batching is the same engine with every sample of a batch decoded until the longest one is done. Lengths spread
 1:10 are log-uniform, which is what completions look like: many short ones, few long.
@@ -14,42 +14,34 @@ import copy
 import math
 import os
 import random
-import signal
 import sys
 import tempfile
-import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from statistics import median
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import DeepseekV4ForCausalLM
 
 from opd.__main__ import compose
-from opd.actors import open_runtime
-from opd.config import ModelConfig, RolloutConfig, RuntimeConfig, SamplingConfig
+from opd.config import SamplingConfig
 from opd.fp4 import pack_weights
 from opd.model import DeepseekV4, new_v4
-from opd.types import Actor, Future, Prompt, Trajectory
-from opd.weights import apply_snapshot, save_checkpoint, snapshot_of
+from opd.weights import apply_snapshot, snapshot_of
 from rollout.engine import V4Engine
-from rollout.fleet import Fleet
 from rollout.request import Request
 from rollout.wal import Durability, Log, LogKey
-from rollout.worker import RolloutWorker
 from scripts.benchmarks import Figure, interleaved, report, split_arguments
 
-DEFAULTS = {"threads": len(os.sched_getaffinity(0)), "repeats": 3, "kills": 50}
+DEFAULTS = {"threads": len(os.sched_getaffinity(0)), "repeats": 3}
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 128
 LONG_PROMPT, GROUP = 768, 16
 MAX_TOKENS = 1024
 SPREAD_SAMPLES, SPREAD = 512, 10
 EXPERTS = ("eager", "grouped_mm", "batched_mm")  # transformers' implementations that need no further package
 SEED = 0
-WORKERS, KILL_PROMPTS, KILL_GROUP = 2, 48, 8
 
 
 def main(argv: list[str]) -> int:
@@ -58,7 +50,7 @@ def main(argv: list[str]) -> int:
     settings = dict(DEFAULTS)
     for override in overrides:
         key, _, value = override.partition("=")
-        if key not in settings or not value.isdecimal() or int(value) < (key != "kills"):
+        if key not in settings or not value.isdecimal() or int(value) < 1:
             print(f"rollout: {override!r} is not one of {', '.join(settings)} and a whole number", file=sys.stderr)
             return 2
         settings[key] = int(value)
@@ -76,8 +68,6 @@ def main(argv: list[str]) -> int:
         *spread_lengths(packed, repeats),
         *log_cost(packed, repeats),
     ]
-    if settings["kills"]:
-        figures += kill_figures(student, config.model, settings["kills"])
     return report(f"rollouts of the quickstart's student, {SAMPLES} slots", figures, as_json)
 
 
@@ -224,89 +214,6 @@ def log_cost(packed: DeepseekV4, repeats: int) -> list[Figure]:
         cost = paired(seconds[name], seconds["none"]) - 1
         figures.append(Figure(name=f"cost of wal={name}", value=100 * cost, unit="% of a step"))
     return figures
-
-
-# ---- kills -----------------------------------------------------------------------------------------------------------
-
-
-class VisibleWorker(RolloutWorker):
-    def process(self) -> int:
-        return os.getpid()
-
-
-def kill_figures(student: DeepseekV4, model: ModelConfig, kills: int) -> list[Figure]:
-    """Workers ended by signal 9 at random moments of batch after batch, which is compared with an unbroken one."""
-    rng = random.Random(SEED)
-    prompts = [
-        Prompt(id=f"p/train/{i}", domain="p", effort="none", token_ids=token_ids, reference={})
-        for i, token_ids in enumerate(prompts_of(student, KILL_PROMPTS, PROMPT_TOKENS))
-    ]
-    with tempfile.TemporaryDirectory(prefix="opd_kill_") as folder, open_runtime(RuntimeConfig()) as runtime:
-        path = os.path.join(folder, "student")
-        save_checkpoint(path, student, None)
-        processes: dict[int, Future] = {}
-
-        def hire(index: int) -> Actor:
-            worker = runtime.spawn(
-                VisibleWorker,
-                replace(model, path=path),
-                RolloutConfig(num_slots=SAMPLES),
-                runtime.store,
-                stop_ids=range(16),
-                seed=SEED,
-                device="cpu",
-                name=f"rollout worker {index}",
-            )
-            processes[index] = worker.submit("process")
-            return worker
-
-        fleet = Fleet([hire(index) for index in range(WORKERS)], 1800.0, respawn=hire, log_dir=folder)
-
-        def batch() -> list[Trajectory]:
-            groups = fleet.generate(prompts, KILL_GROUP, sampling(NEW_TOKENS), version=0, tag="t")
-            return [trajectory for group in groups for trajectory in group.trajectories]
-
-        fleet.load_checkpoint(path)
-        batch()  # the first one warms up
-        started = time.perf_counter()
-        expected = batch()
-        unbroken_seconds = time.perf_counter() - started
-        done = threading.Event()
-
-        def kill() -> None:
-            for _ in range(kills):
-                index = rng.randrange(WORKERS)
-                process = cast(int, processes[index].result())
-                time.sleep(rng.uniform(0.0, 1.5 * unbroken_seconds))
-                os.kill(process, signal.SIGKILL)
-                while not done.is_set() and processes[index].result() == process:
-                    time.sleep(0.05)
-
-        killer = threading.Thread(target=kill, daemon=True)
-        killer.start()
-        differ = batches = 0
-        while killer.is_alive() or batches == 0:
-            differ += num_different(batch(), expected)
-            batches += 1
-        done.set()
-        killer.join()
-        differ += num_different(batch(), expected)
-        runtime.dismiss(fleet.workers)
-    tokens = sum(trajectory.num_loss_tokens for trajectory in expected)
-    return [
-        Figure(name="kills", value=fleet.num_deaths, unit="count", bar=f">= {kills}", ok=fleet.num_deaths >= kills),
-        Figure(name="batches under kills", value=batches, unit="count"),
-        Figure(name="tokens of a batch", value=tokens, unit="tokens"),
-        Figure(name="tokens taken up from logs", value=fleet.resumed_tokens, unit="tokens"),
-        Figure(name="trajectories that differ", value=differ, unit="count", bar="0", ok=differ == 0),
-    ]
-
-
-def num_different(left: Sequence[Trajectory], right: Sequence[Trajectory]) -> int:
-    return sum(
-        a.id != b.id or a.token_ids.tolist() != b.token_ids.tolist() or a.finish_reason != b.finish_reason
-        for a, b in zip(left, right, strict=True)
-    )
 
 
 def paired(dividends: list[float], divisors: list[float]) -> float:

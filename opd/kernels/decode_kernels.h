@@ -1,0 +1,140 @@
+// The loops of decode.cpp, included after lanes.h and like it once for every kind of vector instructions.
+//
+// A query's keys are pointers to rows of `width` numbers, wherever they lie; one row is key and value of all heads.
+// Channels lie in lanes. Keys are taken in groups of as many as there are lanes, so that their dot products are summed
+// across lanes together. A query's result does not depend on what else is computed, nor on where its keys lie.
+
+// Lane i of the result is the sum of the lanes of v[i].
+template <typename T>
+KERNEL static inline typename Lanes<T>::V totals(typename Lanes<T>::V* v) {
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  constexpr int count = Lanes<T>::count;
+#pragma GCC unroll 8
+  for (int half = 1; half < count; half *= 2) {
+    I first, second;
+    for (int lane = 0; lane < count; ++lane) {
+      first[lane] = lane & half ? count + (lane ^ half) : lane;
+      second[lane] = lane & half ? count + lane : lane ^ half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i += 2 * half) {
+      const V a = v[i], b = v[i + half];
+      v[i] = __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+    }
+  }
+  return v[0];
+}
+
+// products[h, s] = rows[h] . keys[s] for `heads` rows and `size` keys; the last dimension is padded to whole vectors.
+template <typename T>
+KERNEL static void products(const T* rows, int64_t heads, int64_t width, const T* const* keys, int64_t size,
+                            int64_t padded, T* out) {
+  using V = typename Lanes<T>::V;
+  constexpr int count = Lanes<T>::count, side = 4;
+  const int64_t whole = width / count * count;
+  for (int64_t h = 0; h < heads; h += side) {
+    const int64_t here = std::min<int64_t>(side, heads - h);
+    const T* row[side];
+    for (int i = 0; i < side; ++i) row[i] = rows + (h + std::min<int64_t>(i, here - 1)) * width;
+    for (int64_t s = 0; s < size; s += count) {
+      V part[side][count];
+      for (int k = 0; k < count; ++k) {
+        const T* key = keys[std::min<int64_t>(s + k, size - 1)];
+        V sum[side];
+        for (int i = 0; i < side; ++i) sum[i] = V{};
+        for (int64_t d = 0; d < whole; d += count) {
+          const V in = load(key + d);
+          for (int i = 0; i < side; ++i) sum[i] += in * load(row[i] + d);
+        }
+        for (int i = 0; i < side; ++i) part[i][k] = sum[i];
+      }
+      for (int64_t i = 0; i < here; ++i) store(out + (h + i) * padded + s, totals<T>(part[i]));
+    }
+    for (int64_t d = whole; d < width; ++d) {
+      for (int64_t i = 0; i < here; ++i) {
+        for (int64_t s = 0; s < size; ++s) out[(h + i) * padded + s] += row[i][d] * keys[s][d];
+      }
+    }
+  }
+}
+
+// out[h] = sum_s weights[h, s] keys[s]
+template <typename T>
+KERNEL static void mixture(const T* weights, int64_t heads, int64_t width, const T* const* keys, int64_t size,
+                           int64_t padded, T* out) {
+  using V = typename Lanes<T>::V;
+  constexpr int count = Lanes<T>::count, side = 4;
+  for (int64_t h = 0; h < heads; h += side) {
+    const int64_t here = std::min<int64_t>(side, heads - h);
+    const T* weight[side];
+    for (int i = 0; i < side; ++i) weight[i] = weights + (h + std::min<int64_t>(i, here - 1)) * padded;
+    int64_t d = 0;
+    for (; d + count <= width; d += count) {
+      V sum[side];
+      for (int i = 0; i < side; ++i) sum[i] = V{};
+      for (int64_t s = 0; s < size; ++s) {
+        const V in = load(keys[s] + d);
+        for (int i = 0; i < side; ++i) sum[i] += in * weight[i][s];
+      }
+      for (int64_t i = 0; i < here; ++i) store(out + (h + i) * width + d, sum[i]);
+    }
+    for (; d < width; ++d) {
+      for (int64_t i = 0; i < here; ++i) {
+        T sum = 0;
+        for (int64_t s = 0; s < size; ++s) sum += keys[s][d] * weight[i][s];
+        out[(h + i) * width + d] = sum;
+      }
+    }
+  }
+}
+
+// Softmax over the keys and the sink, in place.
+template <typename T>
+KERNEL static void weigh(T* logits, int64_t heads, int64_t size, int64_t padded, const T* sinks, T scale) {
+  for (int64_t h = 0; h < heads; ++h) {
+    T* row = logits + h * padded;
+    T largest = sinks[h];
+    for (int64_t s = 0; s < size; ++s) row[s] *= scale;
+    for (int64_t s = 0; s < size; ++s) largest = std::max(largest, row[s]);
+    for (int64_t s = 0; s < size; ++s) row[s] -= largest;
+    exponential(row, size);
+    T sum = std::exp(sinks[h] - largest);
+    for (int64_t s = 0; s < size; ++s) sum += row[s];
+    const T reciprocal = T(1) / sum;
+    for (int64_t s = 0; s < size; ++s) row[s] *= reciprocal;
+  }
+}
+
+// One query: its weights [heads, padded] and its output [heads, width].
+template <typename T>
+KERNEL static void attend(const T* query, int64_t heads, int64_t width, const T* const* keys, int64_t size,
+                          int64_t padded, const T* sinks, T* weights, T* out) {
+  products(query, heads, width, keys, size, padded, weights);
+  weigh(weights, heads, size, padded, sinks, T(1) / std::sqrt(T(width)));
+  mixture(weights, heads, width, keys, size, padded, out);
+}
+
+// A decoding step of row b: ring, own key, and paged entries (all visible ones or picks).
+template <typename T>
+KERNEL static void decode(const Decoding<T>& a, int64_t most, int64_t begin, int64_t end) {
+  const int64_t C = a.width, stride = a.heads * C, padded = (most + 15) / 16 * 16;
+  std::vector<const T*> keys(most + 1);
+  std::vector<T> weights(a.heads * padded);
+  for (int64_t b = begin; b < end; ++b) {
+    const int64_t position = a.positions[b];
+    int64_t size = 0;
+    for (int64_t past = std::max<int64_t>(0, position - a.window + 1); past < position; ++past, ++size) {
+      keys[size] = a.ring + (a.slots[b] * a.window + past % a.window) * C;
+    }
+    keys[size++] = a.own + b * C;
+    const int64_t limit = a.entries ? (a.picks ? a.num_picks : a.visible[b]) : 0;
+    for (int64_t i = 0; i < limit; ++i) {
+      const int64_t entry = a.picks ? a.picks[b * a.num_picks + i] : i;
+      if (entry < 0) continue;
+      keys[size++] = a.entries + (a.pages[b * a.num_pages + entry / a.per_page] * a.per_page + entry % a.per_page) * C;
+    }
+    attend(a.query + b * stride, a.heads, C, keys.data(), size, padded, a.sinks, weights.data(),
+           a.out + b * stride);
+  }
+}
