@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from opd.config import ConfigError, LoraConfig
 from opd.model.hub import HubModel
-from opd.weights import resolve_checkpoint, stored_tensors
+from opd.stored import stored_tensors
+from opd.weights import resolve_checkpoint
 
 ADAPTER = "default"  # peft's name of the only one
 PREFIX = "base_model.model."  # of tensor names in an adapter's file, as peft writes them

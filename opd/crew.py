@@ -203,8 +203,7 @@ class Crew:
         return "; ".join(f"{actor.name}: {actor.doing()}" for actor in self.actors())
 
     def casualty(self, error: Exception) -> str | None:
-        """The actor whose end explains `error`, or that missed a deadline; None if all live, and the error is of
-        another kind."""
+        """The actor whose end explains `error`, or that hangs; None if all live, and the error is of another kind."""
         if isinstance(error, ActorDied):
             return error.name
         if isinstance(error, TimeoutError):
@@ -220,7 +219,8 @@ class Crew:
                 except TimeoutError:
                     continue
                 del asked[name]
-        return None
+        # Workers and teachers may be busy with something else, ranks were all asked the same.
+        return next((learner.name for learner in self.learners if learner.name in asked), None)
 
     def dismiss(self, runtime: Runtime, *, failed: bool) -> None:
         """Ends all actors. After a failure the ranks' processes do not serve again, other actors' do."""

@@ -1,23 +1,26 @@
 """The process group of the learner's ranks: how they meet, and how they fail together.
 
-A rank that fails leaves the cause in the group's key-value store and then leaves the group; the others, who wait for it
-in a collective, are thrown out of theirs and raise that cause, not "connection closed". So whoever asked them sees the
-first true cause whichever rank it looks at first, and nobody waits for a timeout.
+A rank that fails leaves the cause in the group's key-value store and then leaves the group; the others raise that
+cause, not "connection closed". So whoever asked them sees the first true cause whichever rank it looks at first.
 
 Consumes: an address at which rank 0 listens. Produces: torch.distributed's default group, one per process. Waits: in
-`join`, for all ranks. Unblocked by: a rank's failure (gloo closes its sockets at once; for NCCL, whose waiting kernels
-notice nothing, a thread of each rank watches the store and aborts the group). Left out: restarting ranks.
+`join` and `exchange`, for all ranks. Unblocked by: a rank's failure, which `exchange` looks for. One that comes later,
+inside a step, frees the others when whoever called it ends its process (gloo closes its sockets then; for NCCL, whose
+waiting kernels notice nothing, a thread of each rank watches the store and aborts the group). Left out: restarting
+ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import itertools
 import json
 import os
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 import torch.distributed as dist
@@ -28,7 +31,8 @@ from opd.config import ConfigError
 
 LOOPBACK = "127.0.0.1"
 FAILURE = "learner/failure"  # key of the first cause in the store
-WATCH_SECONDS = 1.0
+WATCH_SECONDS, POLL_SECONDS = 1.0, 0.002
+_calls = itertools.count()  # of `exchange`, as many on all ranks
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -90,6 +94,24 @@ def failing_together() -> Iterator[None]:
         if cause is None:
             raise
         raise cause from error
+
+
+def exchange(said: str) -> list[str]:
+    """What every rank says at this point, by rank. All call it, equally often.
+
+    Goes through the store, not a collective, so that a rank which fails before it gets here is noticed at once: raises
+    RuntimeError then.
+    """
+    store, rank, call = _store(), dist.get_rank(), next(_calls)
+    keys = [f"learner/said/{call}/{other}" for other in range(dist.get_world_size())]
+    store.set(keys[rank], said)
+    while not store.check(keys):
+        if store.check([FAILURE]):
+            raise RuntimeError("another learner rank has failed")
+        time.sleep(POLL_SECONDS)
+    answers = [store.get(key).decode() for key in keys]
+    store.delete_key(f"learner/said/{call - 1}/{rank}")  # which all have read who are here
+    return answers
 
 
 def _first_cause(error: Exception) -> Exception | None:

@@ -14,12 +14,11 @@ from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor
 
 from opd.batching import MicroBatch, Plan, collate
+from opd.group import exchange
 from opd.objective import Work
 
 MAX_DUMPS = 8  # micro-batches that one rank writes out in a stage
@@ -54,16 +53,15 @@ def check_age(plan: Plan, version: int, max_staleness: int) -> None:
                 )
 
 
-def check_same_plan(plan: Plan, step: int, device: str) -> None:
-    """Raises ValueError on all ranks unless all have the same plan and are at the same step. One small collective."""
+def check_same_plan(plan: Plan, step: int) -> None:
+    """Raises ValueError on all ranks unless all have the same plan and are at the same step."""
     rows = [[[item.trajectory.id for item in batch.items] for batch in rank] for rank in plan.ranks]
     said = json.dumps([step, plan.num_loss_tokens, plan.num_rows, rows]).encode()
-    digest = int.from_bytes(hashlib.sha256(said).digest()[:7])
-    ends = torch.tensor([digest, -digest, step, -step], device=device)
-    dist.all_reduce(ends, dist.ReduceOp.MAX)
-    if ends[0] != -ends[1]:
+    answers = [json.loads(answer) for answer in exchange(json.dumps([step, hashlib.sha256(said).hexdigest()]))]
+    if any(answer != answers[0] for answer in answers):
+        steps = [answer[0] for answer in answers]
         raise ValueError(
-            f"learner ranks were given different plans, or are at different steps ({-int(ends[3])} to {int(ends[2])})"
+            f"learner ranks were given different plans, or are at different steps ({min(steps)} to {max(steps)})"
         )
 
 

@@ -35,6 +35,7 @@ from opd.engine import Engine, loading_divided
 from opd.fetch import Fetcher
 from opd.group import Host, failing_together, join
 from opd.losses import sampler_gap, token_logprobs
+from opd.memory import keep_freed_memory
 from opd.model import DeepseekV4, HubModel, load_model
 from opd.objective import Distill, Imitate, Objective, Policy, Reinforce, Work
 from opd.schedule import learning_rate_at as learning_rate_at
@@ -42,8 +43,9 @@ from opd.schedule import mtp_weight_at as mtp_weight_at
 from opd.state import HeldWeights, SavedState, Writer, write_description, write_rank
 from opd.stats import StepStats, add_gap, record
 from opd.stats import merge_stats as merge_stats  # what ranks return is read with it
+from opd.stored import stored_tensors
 from opd.types import Advantage, Demonstration, Store, TeacherHead, TeacherHidden, TeacherLogprobs, WeightSnapshot
-from opd.weights import save_checkpoint, snapshot_of, stored_tensors
+from opd.weights import save_checkpoint, snapshot_of
 
 if TYPE_CHECKING:
     from opd.chat import Chat
@@ -89,6 +91,7 @@ class Learner:
         self._host: Host | None = None
         self._writer = Writer()
         torch.set_num_threads(settings.threads)
+        keep_freed_memory()
         if settings.world_size == 1 or settings.master_port:
             self.join(settings.master_address, settings.master_port)
 
@@ -167,7 +170,7 @@ class Learner:
             guards.check_age(plan, self._version, getattr(stage, "max_staleness", 0))
         self._fetcher.check(batches, heads)
         if settings.world_size > 1:
-            guards.check_same_plan(plan, self._step, settings.device)
+            guards.check_same_plan(plan, self._step)
         rate = learning_rate_at(self._step, stage, settings.total_steps)
         stats = StepStats(num_loss_tokens=plan.num_loss_tokens, learning_rate=rate)
         if self._trains_mtp:

@@ -6,8 +6,8 @@ checkpoint folder is the same map with FP32 masters beside `config.json` and the
 it and nothing else is needed.
 
 `read_tensors` also accepts the released DeepSeek-V4 layout and gives it back under transformers' names. No pickle is
-read or written. Left out: optimizer state (`opd.learner`), building a model from a config (`opd.model`), and quantised
-released weights, which are refused by name.
+read or written. Left out: reading the same files again and again (`opd.stored`), optimizer state (`opd.learner`),
+building a model from a config (`opd.model`), and quantised released weights, which are refused by name.
 
 This file imports no model code, so it can be used from `opd.model` itself. It is over the usual length because of the
 refusals: whatever a user can hand it in place of a checkpoint is named, by path and by what was expected.
@@ -21,7 +21,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,15 +43,6 @@ if TYPE_CHECKING:
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-STORED_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
-ALIGNMENT = 64  # bytes, of torch's own memory on the CPU
 PLAIN_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32)
 CODES, SCALES = ".fp4_codes", ".fp4_scales"
 MTP = "mtp."  # begins the names of the multi-token-prediction block, in memory as in the released layout
@@ -281,7 +272,7 @@ def resolve_checkpoint(path: str | Path, revision: str | None = None) -> Path:
         inner = folder / "hf"
         hint = f"; did you mean {inner}?" if (inner / "config.json").is_file() else ""
         raise ConfigError(f"{path} holds no config.json; expected a checkpoint folder as transformers saves it{hint}")
-    _weight_files(folder)
+    weight_files(folder)
     return folder
 
 
@@ -318,7 +309,7 @@ def read_tensors(path: str | Path, revision: str | None = None, *, mtp: bool = F
         model_type = _read_json(folder / "config.json").get("model_type")
         if model_type != "deepseek_v4":
             raise ConfigError(f"{folder} holds a model of type {model_type!r}; expected 'deepseek_v4'")
-        files = _weight_files(folder)
+        files = weight_files(folder)
 
     tensors: dict[str, torch.Tensor] = {}
     experts: dict[str, dict[str, dict[int, torch.Tensor]]] = {}
@@ -379,74 +370,10 @@ def checkpoint_hash(folder: str | Path) -> str:
     """
     folder = resolve_checkpoint(folder)
     digest = hashlib.sha256()
-    for name, tensor in _stored_tensors(_weight_files(folder), by_name=True):
+    for name, tensor in _stored_tensors(weight_files(folder), by_name=True):
         digest.update(name.encode())
         _hash_tensor(digest, tensor)
     return digest.hexdigest()
-
-
-FileMarks = tuple[tuple[str, int, int, int, int], ...]
-
-
-def file_marks(folder: str | Path) -> FileMarks:
-    """By which a checkpoint's weight files are known again without being read: name, size, inode and times of each.
-
-    Equal marks mean files that nobody wrote to or put others in the place of. Raises as `resolve_checkpoint` does.
-    """
-    marks = []
-    for path in sorted(_weight_files(resolve_checkpoint(folder))):
-        seen = path.stat()  # of what a link points at
-        marks.append((path.name, seen.st_size, seen.st_ino, seen.st_mtime_ns, seen.st_ctime_ns))
-    return tuple(marks)
-
-
-def stored_shapes(folder: str | Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype, by safetensors' name for it such as "F32", and shape of every tensor in a checkpoint's files by its name
-    there. Reads their headers, no weights."""
-    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for name, file in _opened(_weight_files(resolve_checkpoint(folder))):
-        part = file.get_slice(name)
-        shapes[name] = part.get_dtype(), tuple(part.get_shape())
-    return shapes
-
-
-def stored_tensors(folder: str | Path, names: Collection[str] | None = None) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and memory-mapped tensor, as stored, of those `names` that a checkpoint's files hold (None: of all).
-
-    Whatever is kept must be copied: a file that is cut short while it is mapped ends the process that reads from it.
-    Raises ConfigError as `resolve_checkpoint` does, and for files that are torn.
-    """
-    for name, file in _opened(_weight_files(resolve_checkpoint(folder))):
-        if names is None or name in names:
-            yield name, file.get_tensor(name)
-
-
-def read_whole(folder: str | Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint's files by its name there, as stored, in one buffer per file that nobody else has.
-
-    For a checkpoint that is read again and again: one pass over each file, and few calls. Tensors are aligned as torch
-    aligns its own, because products of others may be rounded otherwise. Raises ConfigError as `resolve_checkpoint`
-    does, and for files that are torn.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    for path in _weight_files(resolve_checkpoint(folder)):
-        with open(path, "rb") as file:
-            try:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            except ValueError as error:
-                raise ConfigError(f"{path} is not a complete safetensors file: {error}") from None
-            header.pop("__metadata__", None)
-            entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-            sizes = [last - first for first, last in (entry["data_offsets"] for _, entry in entries)]
-            buffer = torch.empty(sum(-(-size // ALIGNMENT) * ALIGNMENT for size in sizes), dtype=torch.uint8)
-            start = 0
-            for (name, entry), size in zip(entries, sizes, strict=True):  # the format leaves no gaps between tensors
-                part = buffer[start : start + size]
-                if file.readinto(part.numpy().data) != size:
-                    raise ConfigError(f"{path} is not a complete safetensors file: it ends inside {name!r}")
-                tensors[name] = part.view(STORED_DTYPES[entry["dtype"]]).view(entry["shape"])
-                start += -(-size // ALIGNMENT) * ALIGNMENT
-    return tensors
 
 
 def _hash_tensor(digest: Any, tensor: torch.Tensor) -> None:
@@ -457,7 +384,7 @@ def _hash_tensor(digest: Any, tensor: torch.Tensor) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def _weight_files(folder: Path) -> dict[Path, list[str] | None]:
+def weight_files(folder: Path) -> dict[Path, list[str] | None]:
     """The safetensors files of a checkpoint, each with the tensor names its index promises (None: no index)."""
     if (folder / SINGLE_FILE).is_file():
         return {folder / SINGLE_FILE: None}
@@ -499,7 +426,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _opened(files: dict[Path, list[str] | None]) -> list[tuple[str, Any]]:
+def opened_tensors(files: dict[Path, list[str] | None]) -> list[tuple[str, Any]]:
     """Name of every tensor in `files` with the open file that holds it."""
     opened: list[tuple[str, Any]] = []
     for path, promised in files.items():
@@ -516,7 +443,7 @@ def _opened(files: dict[Path, list[str] | None]) -> list[tuple[str, Any]]:
 
 def _stored_tensors(files: dict[Path, list[str] | None], by_name: bool = False) -> Iterator[tuple[str, torch.Tensor]]:
     """Name and tensor of everything in `files`, memory-mapped; `by_name` sorts over all files."""
-    opened = _opened(files)
+    opened = opened_tensors(files)
     if by_name:
         opened.sort(key=lambda entry: entry[0])
     for name, file in opened:

@@ -238,7 +238,7 @@ def held(name: str, tensor: Tensor, form: Form) -> Entry:
 
 
 def held_bytes(stored: Mapping[str, tuple[str, tuple[int, ...]]], family: str, precision: str | None) -> int:
-    """Bytes that a checkpoint with these tensors in its files (`opd.weights.stored_shapes`) takes in memory.
+    """Bytes that a checkpoint with these tensors in its files (`opd.stored.stored_shapes`) takes in memory.
 
     Never less than what is held once it is; more for tensors that a checkpoint repeats or a model has no use for.
     """

@@ -26,16 +26,8 @@ from torch import Tensor, nn
 
 from opd.config import ConfigError, ModelConfig, TeacherConfig
 from opd.model import CausalLM, load_model
-from opd.weights import (
-    STORED_DTYPES,
-    FileMarks,
-    file_marks,
-    named_weights,
-    read_whole,
-    resolve_checkpoint,
-    stored_shapes,
-    stored_tensors,
-)
+from opd.stored import STORED_DTYPES, FileMarks, file_marks, read_whole, same_files, stored_shapes, stored_tensors
+from opd.weights import named_weights, resolve_checkpoint
 from teachers.precision import Entries, Shell, entry_bytes, held_bytes, take_weights
 
 
@@ -227,11 +219,7 @@ class Shelf:
 
     def _check_unchanged(self, checkpoint: Checkpoint) -> None:
         known = self._known[checkpoint]
-        try:
-            same = file_marks(known.folder) == known.marks
-        except (ConfigError, OSError):  # gone, or being replaced
-            same = False
-        if not same:
+        if not same_files(known.marks):
             raise ValueError(
                 f"{self._key(checkpoint)}: the weight files in {known.folder} are not the ones that were "
                 "loaded first; they were replaced or written to since. Put them back, or start anew with the new ones"

@@ -475,8 +475,7 @@ def test_what_is_not_finite_does_not_come_back_finite() -> None:
                 rows = torch.randn(2, 96)
                 rows[0, channel] = bad
                 found = row_format.decode(row_format.encode(rows), torch.float32)
-                assert not found[0, channel].isfinite() and found[0, 40:60].isfinite().all()
-                assert found[1].isfinite().all()
+                assert not found[0, channel].isfinite() and found[1].isfinite().all()
 
 
 @pytest.mark.parametrize(

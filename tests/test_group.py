@@ -51,16 +51,16 @@ def fail(rank: int, error: Exception | None) -> None:
 def other_plan(rank: int) -> None:
     groups = make_groups(3)
     plan = plan_of(groups, [[Demonstration()] * 2 for _ in groups], num_ranks=2)
-    guards.check_same_plan(plan, 4, "cpu")  # agreed
+    guards.check_same_plan(plan, 4)  # agreed
     with failing_together():
-        guards.check_same_plan(dataclasses.replace(plan, num_rows=plan.num_rows + rank), 4, "cpu")
+        guards.check_same_plan(dataclasses.replace(plan, num_rows=plan.num_rows + rank), 4)
 
 
 def other_step(rank: int) -> None:
     groups = make_groups(3)
     plan = plan_of(groups, [[Demonstration()] * 2 for _ in groups], num_ranks=2)
     with failing_together():
-        guards.check_same_plan(plan, 4 + rank, "cpu")
+        guards.check_same_plan(plan, 4 + rank)
 
 
 def die(rank: int) -> None:

@@ -13,7 +13,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from opd.config import ConfigError, ModelConfig
 from opd.fp4 import dequantize, is_fp4_name, quantize
 from opd.model import load_model
-from opd.weights import named_weights, save_checkpoint, stored_shapes
+from opd.stored import stored_shapes
+from opd.weights import named_weights, save_checkpoint
 from teachers.precision import (
     TILE,
     Fp8Weight,

@@ -533,6 +533,15 @@ def test_a_value_that_is_gone_with_its_owner_is_the_owners_death() -> None:
     assert crew_of("a", "b").casualty(RuntimeError("cannot multiply")) is None
 
 
+def test_a_rank_that_hangs_when_another_one_fails_is_the_one_to_blame(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opd.crew, "GRACE_SECONDS", 0.5)
+    crew = crew_of(None, RuntimeError("connection closed by peer"))
+    with pytest.raises(RuntimeError, match="closed by peer") as raised:
+        crew.on_all_ranks("step")
+    crew.learners[1] = Watched(Rank("learner rank 1", "b"))
+    assert crew.casualty(raised.value) == "learner rank 0"
+
+
 @pytest.mark.parametrize("failed", [True, False])
 def test_ranks_of_a_failed_crew_are_not_used_again(failed: bool) -> None:
     ended: list[tuple[str, bool]] = []
