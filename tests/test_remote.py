@@ -111,7 +111,7 @@ class Handler(BaseHTTPRequestHandler):
         if mode == "changes" and number > 4:
             shift = 1.0
         if mode == "jitter":
-            shift = number % 2 * 1.0
+            shift = number * 0.5  # concurrent requests come in any order: no two of them get the same
         k = body["top_logprobs_num"] if "input_ids" in body else body["prompt_logprobs"]
         ids = body["input_ids"] if "input_ids" in body else body["prompt"]
         rows = scores(ids, k, shift)
