@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from opd.config import CheckpointConfig, ConfigError
+from opd.weights import flush
 
 log = logging.getLogger(__name__)
 
@@ -170,18 +171,18 @@ class Saver:
         for name in names:
             path = os.path.join(unfinished, name)
             about[name] = {"bytes": os.path.getsize(path), "sha256": _sha256(path)}
-            _fsync(path)
+            flush(path)
         _write(os.path.join(unfinished, MARKER), json.dumps({"format": FORMAT, "files": about}, indent=1) + "\n")
         for folder, _, _ in os.walk(unfinished):
-            _fsync(folder)
+            flush(folder)
         for name in FOLLOWS:
             if os.path.exists(path := os.path.join(self._run_dir, name)):
-                _fsync(path)
+                flush(path)
         shutil.rmtree(replaced, ignore_errors=True)
         if os.path.exists(place):
             os.rename(place, replaced)
         os.rename(unfinished, place)
-        _fsync(os.path.dirname(place))
+        flush(os.path.dirname(place))
         shutil.rmtree(replaced, ignore_errors=True)
         _link(self._run_dir, "hf", step)
         self._tidy()
@@ -249,11 +250,3 @@ def _read_json(path: str) -> dict[str, Any]:
 def _sha256(path: str) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: str) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

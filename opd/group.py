@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import itertools
 import json
 import os
 import socket
@@ -32,7 +31,6 @@ from opd.config import ConfigError
 LOOPBACK = "127.0.0.1"
 FAILURE = "learner/failure"  # key of the first cause in the store
 WATCH_SECONDS, POLL_SECONDS = 1.0, 0.002
-_calls = itertools.count()  # of `exchange`, as many on all ranks
 JOIN_TIMEOUT = datetime.timedelta(minutes=10)
 
 
@@ -102,7 +100,8 @@ def exchange(said: str) -> list[str]:
     Goes through the store, not a collective, so that a rank which fails before it gets here is noticed at once: raises
     RuntimeError then.
     """
-    store, rank, call = _store(), dist.get_rank(), next(_calls)
+    store, rank = _store(), dist.get_rank()
+    call = store.add(f"learner/calls/{rank}", 1)  # of this group: its ranks agree, whatever a process did before
     keys = [f"learner/said/{call}/{other}" for other in range(dist.get_world_size())]
     store.set(keys[rank], said)
     while not store.check(keys):

@@ -168,9 +168,9 @@ def save_snapshot(path: str | Path, snapshot: WeightSnapshot) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     save_file(flat, unfinished, metadata=metadata)
-    _fsync(unfinished)
+    flush(unfinished)
     os.replace(unfinished, path)
-    _fsync(path.parent)
+    flush(path.parent)
 
 
 def load_snapshot(path: str | Path) -> WeightSnapshot:
@@ -230,11 +230,11 @@ def save_checkpoint(folder: str | Path, model: nn.Module, chat: Chat | None) -> 
         chat.save(unfinished)
 
     for path in [*unfinished.rglob("*"), unfinished]:
-        _fsync(path)
+        flush(path)
     if folder.exists():
         os.rename(folder, replaced)
     os.rename(unfinished, folder)
-    _fsync(folder.parent)
+    flush(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
@@ -462,7 +462,8 @@ def _in_order(path: Path, name: str, parts: dict[int, torch.Tensor]) -> list[tor
     return [parts[index] for index in range(len(parts))]
 
 
-def _fsync(path: Path) -> None:
+def flush(path: str | Path) -> None:
+    """Has the disk take what was written to a file, or the names in a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -720,7 +720,7 @@ def test_index_keys_that_are_in_mxfp4_already_are_stored_as_they_are(layout: Lay
     model = DeepseekV4(config, fp4_index=True)
     model.load_state_dict(small_model().state_dict())
     cache = poisoned_cache(model, 1, 40, None, layout)
-    attention, exact, seen = model.blocks[0].self_attn, [], []
+    attention, exact = model.blocks[0].self_attn, []
     indexer = getattr(attention.compressor, "indexer", None)
     assert indexer is not None
     with pytest.MonkeyPatch().context() as patch:

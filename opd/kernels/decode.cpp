@@ -19,34 +19,8 @@ struct Decoding {
   int64_t heads, width, window, num_pages, per_page, num_picks;
 };
 
-namespace plain {
-#define KERNEL
-#define BYTES 16
-#include "lanes.h"
-#include "decode_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace plain
-
-#ifdef OPD_X86
-namespace avx2 {
-#define KERNEL AVX2_KERNEL
-#define BYTES 32
-#include "lanes.h"
-#include "decode_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace avx2
-
-namespace avx512 {
-#define KERNEL AVX512_KERNEL
-#define BYTES 64
-#include "lanes.h"
-#include "decode_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace avx512
-#endif
+#define LOOPS "decode_kernels.h"
+#include "every_vector.h"
 
 using Maybe = std::optional<at::Tensor>;
 

@@ -99,34 +99,8 @@ struct GatherGradients {
   int64_t width, per_token;
 };
 
-namespace plain {
-#define KERNEL
-#define BYTES 16
-#include "lanes.h"
-#include "fused_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace plain
-
-#ifdef OPD_X86
-namespace avx2 {
-#define KERNEL AVX2_KERNEL
-#define BYTES 32
-#include "lanes.h"
-#include "fused_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace avx2
-
-namespace avx512 {
-#define KERNEL AVX512_KERNEL
-#define BYTES 64
-#include "lanes.h"
-#include "fused_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace avx512
-#endif
+#define LOOPS "fused_kernels.h"
+#include "every_vector.h"
 
 // Whole tiles of tokens for each thread, so that lanes are filled alike however many threads there are.
 template <typename Work>

@@ -20,7 +20,6 @@ from opd.kernels.library import operators
 
 DTYPES = (torch.float32, torch.float64)
 STREAMS = 4  # of hyper-connections, for which the loops are unrolled
-MAX_ITERATIONS = 64  # of Sinkhorn: what is kept for the way back lies in a processor's cache
 
 
 def usable(x: Tensor) -> bool:

@@ -34,34 +34,10 @@ constexpr int BLOCK = 32;             // channels that share a scale in MXFP4
 constexpr int AHEAD = 32;             // rows that are asked for before their turn: nothing foresees where a page lies
 constexpr int OFFSET = 16;            // added to a key's whole numbers: the instruction wants them without a sign
 
-namespace plain {
-#define KERNEL
-#define BYTES 16
-#include "lanes.h"
-#include "index_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace plain
+#define LOOPS "index_kernels.h"
+#include "every_vector.h"
 
 #ifdef OPD_X86
-namespace avx2 {
-#define KERNEL AVX2_KERNEL
-#define BYTES 32
-#include "lanes.h"
-#include "index_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace avx2
-
-namespace avx512 {
-#define KERNEL AVX512_KERNEL
-#define BYTES 64
-#include "lanes.h"
-#include "index_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace avx512
-
 #define WHOLE __attribute__((target("avx512f,avx512dq,avx512bw,avx512vl,avx512vnni,avx2,fma")))
 bool has_whole_products() {
   static const bool found = has_avx512() && __builtin_cpu_supports("avx512vnni");

@@ -37,34 +37,8 @@ struct Chunk {
   float *keys, *transposed, *grad_keys;  // [CHUNK][padded], [width][CHUNK], [CHUNK][padded]
 };
 
-namespace plain {
-#define KERNEL
-#define BYTES 16
-#include "lanes.h"
-#include "tiled_attention_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace plain
-
-#ifdef OPD_X86
-namespace avx2 {
-#define KERNEL AVX2_KERNEL
-#define BYTES 32
-#include "lanes.h"
-#include "tiled_attention_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace avx2
-
-namespace avx512 {
-#define KERNEL AVX512_KERNEL
-#define BYTES 64
-#include "lanes.h"
-#include "tiled_attention_kernels.h"
-#undef KERNEL
-#undef BYTES
-}  // namespace avx512
-#endif
+#define LOOPS "tiled_attention_kernels.h"
+#include "every_vector.h"
 
 // Who sees what. Recent key past + t is query t's own. Null: first, no column is hidden; entries, there are none; picks,
 // no choice.

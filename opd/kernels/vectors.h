@@ -1,6 +1,6 @@
 // Which vector instructions the loops are compiled for, and the choice among them at run time.
 //
-// A file that has loops includes this, then its *_kernels.h through FOR_ALL_VECTORS' three namespaces.
+// A file that has loops includes this, and its *_kernels.h through every_vector.h.
 
 #pragma once
 

@@ -1,8 +1,8 @@
 """The frame that every benchmark of this folder runs in: one command line, one table, one JSON line, bars that fail.
 
 A benchmark is a module `<name>.py` here with a docstring, whose first line the listing shows, and a function
-`main(argv: list[str]) -> int` that ends with `return report(...)`. What is measured is the benchmark's own business;
-this file only knows how to time, weigh and print.
+`main(argv: list[str]) -> int` that ends with `return report(...)` and may raise ConfigError. What is measured is the
+benchmark's own business; this file only knows how to time, weigh and print.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import psutil
+
+from opd.config import ConfigError
 
 FOLDER = Path(__file__).parent
 
@@ -61,12 +63,30 @@ def main(argv: list[str], folder: Path = FOLDER) -> int:
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     spec.loader.exec_module(module)
-    return module.main(argv[1:])
+    try:
+        return module.main(argv[1:])
+    except ConfigError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
 
 
 def split_arguments(argv: list[str]) -> tuple[bool, list[str]]:
     """(whether --json was given, the key=value overrides in order)."""
     return "--json" in argv, [argument for argument in argv if argument != "--json"]
+
+
+def whole_numbers(overrides: list[str], defaults: dict[str, int], least: int = 1) -> dict[str, int]:
+    """The defaults with key=value overrides. Raises ConfigError for another key, and for a value that is no whole
+    number of at least `least`."""
+    settings = dict(defaults)
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key not in settings or not value.isdecimal() or int(value) < least:
+            raise ConfigError(
+                f"{override!r} is not one of {', '.join(settings)} and a whole number of at least {least}"
+            )
+        settings[key] = int(value)
+    return settings
 
 
 def report(title: str, figures: list[Figure], as_json: bool) -> int:

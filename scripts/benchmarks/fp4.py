@@ -13,7 +13,6 @@ be faster than that rate.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
@@ -23,7 +22,7 @@ from torch.nn import functional
 
 from opd.fp4 import Fp4Linear, quantize
 from opd.kernels import cpu
-from scripts.benchmarks import Figure, interleaved, report, split_arguments
+from scripts.benchmarks import Figure, interleaved, report, split_arguments, whole_numbers
 
 OUTPUTS, INPUTS = 8192, 4096
 BARS = {1: 4.0, 8: 3.0, 64: 1.5}  # batch -> speed-up over BF16
@@ -34,15 +33,9 @@ DEFAULTS = {"threads": len(os.sched_getaffinity(0)), "repeats": 15, "matrices": 
 
 
 def main(argv: list[str]) -> int:
-    """The exit status of `report`, or 2 for settings that are refused."""
+    """The exit status of `report`. Raises ConfigError for settings that are refused."""
     as_json, overrides = split_arguments(argv)
-    settings = dict(DEFAULTS)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key not in settings or not value.isdecimal() or int(value) < 1:
-            print(f"fp4: {override!r} is not one of {', '.join(settings)} and a whole number above 0", file=sys.stderr)
-            return 2
-        settings[key] = int(value)
+    settings = whole_numbers(overrides, DEFAULTS)
     torch.set_num_threads(settings["threads"])
     with torch.inference_mode():
         figures = measure(settings["repeats"], settings["matrices"])

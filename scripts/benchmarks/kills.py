@@ -16,7 +16,6 @@ import math
 import os
 import random
 import signal
-import sys
 import tempfile
 import threading
 import time
@@ -30,7 +29,7 @@ import torch
 
 from opd.__main__ import compose
 from opd.actors import Runtime, open_runtime
-from opd.config import ModelConfig, RolloutConfig, RuntimeConfig, SamplingConfig
+from opd.config import ConfigError, ModelConfig, RolloutConfig, RuntimeConfig, SamplingConfig
 from opd.model import new_v4
 from opd.types import Actor, Future, Prompt, Trajectory
 from opd.weights import save_checkpoint
@@ -38,7 +37,7 @@ from rollout.fleet import Fleet
 from rollout.request import Request
 from rollout.wal import Log, LogKey, read_batch, read_log
 from rollout.worker import RolloutWorker
-from scripts.benchmarks import Figure, report, split_arguments
+from scripts.benchmarks import Figure, report, split_arguments, whole_numbers
 
 DEFAULTS = {"kills": 50, "planted": 25}
 WORKERS, SLOTS, SEED = 2, 64, 0
@@ -167,15 +166,11 @@ class Siege:
 
 
 def main(argv: list[str]) -> int:
-    """The exit status of `report`, or 2 for settings that are refused."""
+    """The exit status of `report`. Raises ConfigError for settings that are refused."""
     as_json, overrides = split_arguments(argv)
-    settings = dict(DEFAULTS)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key not in settings or not value.isdecimal() or int(value) < (key == "kills"):
-            print(f"kills: {override!r} is not one of {', '.join(settings)} and a whole number", file=sys.stderr)
-            return 2
-        settings[key] = int(value)
+    settings = whole_numbers(overrides, DEFAULTS, 0)
+    if settings["kills"] < 1:
+        raise ConfigError(f"kills={settings['kills']} is too small; it must be at least 1")
     config = compose("quickstart", [f"model.max_tokens={MAX_TOKENS}"])[0]
     student = new_v4(config.model, config.tokenizer.vocab_size, SEED)
     with torch.no_grad():

@@ -12,7 +12,6 @@ Settings: threads (all cores), repeats (2), tokens, vocab, width, tile_tokens an
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from opd.config import LearnerConfig
 from opd.divergence import compare
-from scripts.benchmarks import Figure, interleaved, peak_memory, report, split_arguments
+from scripts.benchmarks import Figure, interleaved, peak_memory, report, split_arguments, whole_numbers
 
 TIME_BAR, MEMORY_BAR = 1.25, 200e6
 SHAPES = ((256, 1024), (512, 4096), (1024, 2048), (1024, 8192), (4096, 2048))  # tiles tried for the products alone
@@ -41,15 +40,9 @@ _held: list[Inputs] = []  # the inputs of a process that is weighed
 
 
 def main(argv: list[str]) -> int:
-    """The exit status of `report`, or 2 for settings that are refused."""
+    """The exit status of `report`. Raises ConfigError for settings that are refused."""
     as_json, overrides = split_arguments(argv)
-    settings = dict(DEFAULTS)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key not in settings or not value.isdecimal() or int(value) < 1:
-            print(f"kl: {override!r} is not one of {', '.join(settings)} and a whole number above 0", file=sys.stderr)
-            return 2
-        settings[key] = int(value)
+    settings = whole_numbers(overrides, DEFAULTS)
     torch.set_num_threads(settings["threads"])
     title = (
         f"reverse KL of {settings['tokens']} tokens over {settings['vocab']} entries, width {settings['width']}, tiles "

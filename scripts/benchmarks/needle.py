@@ -17,7 +17,7 @@ from torch import Tensor
 import opd.model.indexer
 from opd.model import DeepseekV4
 from opd.model.transformer import CSA, HCA, WINDOW_ONLY, initialize, v4_config
-from scripts.benchmarks import Figure, report, split_arguments
+from scripts.benchmarks import Figure, report, split_arguments, whole_numbers
 
 VOCAB = 20  # symbols; two more ids are the mark and the question
 MARK, ASK = VOCAB, VOCAB + 1
@@ -28,12 +28,7 @@ SETTINGS = {"steps": 400, "warmup": 200, "seed": 0}
 
 def main(argv: list[str]) -> int:
     as_json, arguments = split_arguments(argv)
-    settings = dict(SETTINGS)
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key not in settings or not value.isdigit():
-            raise SystemExit(f"{argument!r} is not one of {', '.join(settings)} = a whole number")
-        settings[key] = int(value)
+    settings = whole_numbers(arguments, SETTINGS, 0)
     return report("needle: copy two tokens from outside the window", figures(**settings), as_json)
 
 

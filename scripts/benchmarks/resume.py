@@ -27,7 +27,7 @@ from opd.__main__ import main as opd
 from opd.actors import ActorDied, RayRuntime, _RayFuture
 from opd.metrics import read_metrics
 from opd.weights import checkpoint_hash
-from scripts.benchmarks import Figure, report, split_arguments
+from scripts.benchmarks import Figure, report, split_arguments, whole_numbers
 
 DEFAULTS = {"kills": 20, "seed": 0}
 DOMAINS = ("basic_arithmetic", "leg_counting")
@@ -60,15 +60,9 @@ SETTINGS = (
 
 
 def main(argv: list[str]) -> int:
-    """The exit status of `report`, or 2 for settings that are refused."""
+    """The exit status of `report`. Raises ConfigError for settings that are refused."""
     as_json, overrides = split_arguments(argv)
-    settings = dict(DEFAULTS)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key not in settings or not value.isdecimal():
-            print(f"resume: {override!r} is not one of {', '.join(settings)} and a whole number", file=sys.stderr)
-            return 2
-        settings[key] = int(value)
+    settings = whole_numbers(overrides, DEFAULTS, 0)
     with tempfile.TemporaryDirectory(prefix="opd_resume_") as folder:
         figures = measure(Path(folder), settings["kills"], random.Random(settings["seed"]))
     return report(f"a tiny quickstart under {settings['kills']} kills", figures, as_json)

@@ -14,7 +14,6 @@ import copy
 import math
 import os
 import random
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -33,7 +32,7 @@ from opd.weights import apply_snapshot, snapshot_of
 from rollout.engine import V4Engine
 from rollout.request import Request
 from rollout.wal import Durability, Log, LogKey
-from scripts.benchmarks import Figure, interleaved, report, split_arguments
+from scripts.benchmarks import Figure, interleaved, report, split_arguments, whole_numbers
 
 DEFAULTS = {"threads": len(os.sched_getaffinity(0)), "repeats": 3}
 SAMPLES, PROMPT_TOKENS, NEW_TOKENS = 64, 32, 128
@@ -45,15 +44,9 @@ SEED = 0
 
 
 def main(argv: list[str]) -> int:
-    """The exit status of `report`, or 2 for settings that are refused."""
+    """The exit status of `report`. Raises ConfigError for settings that are refused."""
     as_json, overrides = split_arguments(argv)
-    settings = dict(DEFAULTS)
-    for override in overrides:
-        key, _, value = override.partition("=")
-        if key not in settings or not value.isdecimal() or int(value) < 1:
-            print(f"rollout: {override!r} is not one of {', '.join(settings)} and a whole number", file=sys.stderr)
-            return 2
-        settings[key] = int(value)
+    settings = whole_numbers(overrides, DEFAULTS)
     torch.set_num_threads(settings["threads"])
     config = compose("quickstart", [f"model.max_tokens={MAX_TOKENS}"])[0]
     student = new_v4(config.model, config.tokenizer.vocab_size, SEED)
