@@ -112,7 +112,7 @@ def test_what_cannot_be_written_is_said_by_the_next_call(tmp_path: Path) -> None
     assert newest_checkpoint(str(tmp_path)) is None
 
 
-CALLS = ("os.rename", "os.replace", "os.symlink", "os.unlink", "shutil.rmtree", "_fsync", "_sha256")
+CALLS = ("os.rename", "os.replace", "os.symlink", "os.unlink", "shutil.rmtree", "flush", "_sha256")
 
 
 def dying_after(monkeypatch: pytest.MonkeyPatch, calls: int) -> None:
