@@ -24,6 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opd.kernels import products
+
 NATS = math.log(2.0)
 # Measured on a CPU with 1 MiB of second-level cache per core: a tile larger than the caches makes every pass over it
 # three times as long, one with fewer rows makes the products slower.
@@ -124,7 +126,7 @@ class Logits:
         states = self._hidden[tokens].to(self._dtype)
         shape = (len(states), len(self._current))
         out = view(scratch, shape) if scratch is not None else states.new_empty(shape)
-        return torch.mm(states, self._current.T, out=out)
+        return products.matmul(states, self._current.T, out)
 
     def at_ids(self, ids: Tensor) -> Tensor:
         """Logits of the ids [N, K] alone, 0 where an id lies in no row of this head."""
@@ -156,9 +158,9 @@ class Logits:
     def add_gradient(self, tokens: slice, gradient: Tensor) -> None:
         """`gradient` [n, v] is that of the loss in the logits, in bits, of the vocabulary tile that was entered."""
         if self.hidden_grad is not None:
-            self.hidden_grad[tokens].addmm_(gradient, self._current)
+            products.matmul(gradient, self._current, self.hidden_grad[tokens], add=True)
         if self._head_grad_tile is not None:
-            self._head_grad_tile.addmm_(gradient.T, self._hidden[tokens].to(self._dtype))
+            products.matmul(gradient.T, self._hidden[tokens].to(self._dtype), self._head_grad_tile, add=True)
 
     def leave(self) -> None:
         if self.head_grad is not None and self._head_grad_tile is not None:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from opd.config import OptimizerConfig
+from opd.kernels.products import matmul
 
 STEEP = (3.4445, -4.7750, 2.0315)  # lifts small singular values fast and leaves all of them near 1
 SETTLE = (2.0, -1.5, 0.5)  # has 1 as a stable fixed point
@@ -125,9 +126,9 @@ def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int) ->
     polynomial, other = torch.empty_like(gram), torch.empty_like(x)
     x = x.contiguous()
     for _ in range(steps):
-        torch.bmm(x, x.mT, out=gram)
-        torch.baddbmm(gram, gram, gram, beta=b, alpha=c, out=polynomial)
-        torch.baddbmm(x, polynomial, x, beta=a, out=other)
+        matmul(x, x.mT, gram)
+        matmul(gram, gram, polynomial).mul_(c).add_(gram, alpha=b)
+        matmul(polynomial, x, other).add_(x, alpha=a)
         x, other = other, x
     return x
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from opd.kernels.library import operators
+from opd.kernels.products import matmul
 
 DTYPES = (torch.float32, torch.float64)
 STREAMS = 4  # of hyper-connections, for which the loops are unrolled
@@ -84,7 +85,7 @@ class _Collapse(torch.autograd.Function):
             *ctx.settings,
         )
         n = len(streams)
-        grad_fn = torch.matmul(products, streams).transpose(0, 1).reshape(fn.shape)
+        grad_fn = matmul(products.expand(n, -1, -1), streams).transpose(0, 1).reshape(fn.shape)
         of_scale = torch.linalg.vecdot(logits, mix).split([n, n, n * n])
         grad_scale = torch.stack([part.sum() for part in of_scale])
         return grad_streams, grad_fn, logits.sum(1), grad_scale, None, None, None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opd.kernels import fused
+from opd.kernels.products import Linear
 from opd.model.cache import Extension, LayerCache
 from opd.model.compressor import Compressor
 from opd.model.indexer import Indexer, IndexReport, choosing, indexer_loss, indexer_recall
@@ -43,13 +44,13 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.heads, self.head_dim, self.window, self.eps = heads, head_dim, window, eps
-        self.q_a_proj = nn.Linear(hidden_size, query_rank, bias=False)
+        self.q_a_proj = Linear(hidden_size, query_rank, bias=False)
         self.q_a_norm = RMSNorm(query_rank, eps)
-        self.q_b_proj = nn.Linear(query_rank, heads * head_dim, bias=False)
-        self.kv_proj = nn.Linear(hidden_size, head_dim, bias=False)
+        self.q_b_proj = Linear(query_rank, heads * head_dim, bias=False)
+        self.kv_proj = Linear(hidden_size, head_dim, bias=False)
         self.kv_norm = RMSNorm(head_dim, eps)
         self.o_a_proj = GroupedLinear(heads * head_dim // groups, group_rank, groups)
-        self.o_b_proj = nn.Linear(groups * group_rank, hidden_size, bias=False)
+        self.o_b_proj = Linear(groups * group_rank, hidden_size, bias=False)
         self.sinks = nn.Parameter(torch.zeros(heads))
         self.compressor = compressor
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opd.kernels import fused
+from opd.kernels.products import Linear
 from opd.model.cache import CompressorState, Extension
 from opd.model.layers import RMSNorm, norm_rotate, rope_rotation
 
@@ -29,8 +30,8 @@ class Compressor(nn.Module):
         super().__init__()
         self.width, self.ratio, self.overlap = width, ratio, overlap
         series = 2 if overlap else 1
-        self.kv_proj = nn.Linear(hidden_size, series * width, bias=False)
-        self.gate_proj = nn.Linear(hidden_size, series * width, bias=False)
+        self.kv_proj = Linear(hidden_size, series * width, bias=False)
+        self.gate_proj = Linear(hidden_size, series * width, bias=False)
         self.position_bias = nn.Parameter(torch.zeros(ratio, series * width))
         self.kv_norm = RMSNorm(width, eps)
 

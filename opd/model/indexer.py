@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opd.fp4 import fake_quantize
 from opd.kernels import index as compiled
+from opd.kernels.products import Linear
 from opd.model.cache import PagedRows
 from opd.model.compressor import Compressor
 from opd.model.layers import rotate
@@ -35,7 +36,7 @@ class IndexerScorer(nn.Module):
 
     def __init__(self, hidden_size: int, heads: int) -> None:
         super().__init__()
-        self.weights_proj = nn.Linear(hidden_size, heads, bias=False)
+        self.weights_proj = Linear(hidden_size, heads, bias=False)
 
 
 class Indexer(Compressor):
@@ -49,7 +50,7 @@ class Indexer(Compressor):
         super().__init__(hidden_size, width, ratio, overlap=True, eps=eps)
         self.heads, self.topk = heads, topk
         self.quantized = False  # MXFP4 queries and keys, as served; the rotation alone would change no score
-        self.q_b_proj = nn.Linear(query_rank, heads * width, bias=False)
+        self.q_b_proj = Linear(query_rank, heads * width, bias=False)
         self.scorer = IndexerScorer(hidden_size, heads)
 
     def queries(self, h_BTD: Tensor, latent_BTR: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:

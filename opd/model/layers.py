@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from opd.kernels import fused
+from opd.kernels import fused, products
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -160,6 +160,8 @@ def linear_by_segment(x_RD: Tensor, weight_EFD: Tensor, sizes: tuple[int, ...]) 
 
     `sizes` has one entry per expert and sums to R. One kernel call per expert that has rows, and no gather of weights.
     """
+    if products.usable(x_RD, weight_EFD):
+        return products.linear_by_segment(x_RD, weight_EFD, sizes)
     return _LinearBySegment.apply(x_RD, weight_EFD, sizes)
 
 
@@ -175,8 +177,11 @@ class GroupedLinear(nn.Linear):
         self.groups = groups
 
     def forward(self, input: Tensor) -> Tensor:
-        rows = input.reshape(-1, self.groups, self.in_features).transpose(0, 1)
-        out = torch.bmm(rows, self.weight.view(self.groups, -1, self.in_features).transpose(1, 2))
+        rows = input.reshape(-1, self.groups, self.in_features)
+        weight = self.weight.view(self.groups, -1, self.in_features)
+        if products.usable(rows, weight):
+            return products.grouped_linear(rows, weight).view(*input.shape[:-2], self.out_features)
+        out = torch.bmm(rows.transpose(0, 1), weight.transpose(1, 2))
         return out.transpose(0, 1).reshape(*input.shape[:-2], self.out_features)
 
 

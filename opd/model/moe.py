@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opd.fp4 import Fp4Experts, fake_quantize
-from opd.kernels import fused
+from opd.kernels import fused, products
+from opd.kernels.products import Linear
 from opd.model.hyper_connection import weighted_sum
 from opd.model.layers import linear_by_segment, swiglu
 
@@ -63,7 +64,7 @@ class Router(nn.Module):
         `given_NK`, int64, takes the place of the K best wherever it is not negative; a hash layer has no use for it.
         """
         wide = x_ND if x_ND.dtype in (torch.float32, torch.float64) else x_ND.float()
-        scores = self.score(F.linear(wide, self.weight.to(wide.dtype)))
+        scores = self.score(products.linear(wide, self.weight.to(wide.dtype)))
         if self.is_hash:
             chosen = self.tid2eid[token_ids_N]
         else:
@@ -120,9 +121,9 @@ class SharedExpert(nn.Module):
     def __init__(self, hidden_size: int, width: int, limit: float) -> None:
         super().__init__()
         self.limit = limit
-        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
-        self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.gate_proj = Linear(hidden_size, width, bias=False)
+        self.up_proj = Linear(hidden_size, width, bias=False)
+        self.down_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))

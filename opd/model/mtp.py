@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from opd.kernels.products import Linear
 from opd.model.block import WINDOW_ONLY, Block
 from opd.model.hyper_connection import HyperHead
 from opd.model.layers import RMSNorm
@@ -30,7 +31,7 @@ class MtpBlock(Block):
         super().__init__(config, WINDOW_ONLY, is_hash=False, quantized=quantized)
         hidden, eps = config.hidden_size, config.rms_norm_eps
         self.enorm, self.hnorm, self.norm = (RMSNorm(hidden, eps) for _ in range(3))
-        self.e_proj, self.h_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(2))
+        self.e_proj, self.h_proj = (Linear(hidden, hidden, bias=False) for _ in range(2))
         self.hc_head = HyperHead(config.hc_mult, hidden, config.hc_eps, eps)
 
     def forward(

@@ -22,6 +22,7 @@ from transformers import DeepseekV4Config
 
 from opd.config import ConfigError
 from opd.fp4 import BLOCK
+from opd.kernels.products import Linear
 from opd.model.attention import Compressor, Indexing
 from opd.model.block import CSA, HCA, Block
 from opd.model.block import WINDOW_ONLY as WINDOW_ONLY  # the three are known under this module
@@ -165,7 +166,7 @@ class DeepseekV4(nn.Module):
         for block in self.blocks:
             if (indexer := getattr(block.self_attn.compressor, "indexer", None)) is not None:
                 indexer.quantized = fp4_index
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.mtp = nn.ModuleList(MtpBlock(config, fp4 == "experts") for _ in range(config.num_nextn_predict_layers))
         rope_dim = self.config.qk_rope_head_dim
         for kind in ("main", "compress"):

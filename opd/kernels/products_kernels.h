@@ -1,0 +1,216 @@
+// The loops of products.cpp, for one kind of vector instructions; see every_vector.h.
+
+constexpr int LANES = BYTES / sizeof(float);
+// A tile's sums stay in registers: 24 of AVX-512's 32, 12 of the 16 that the others have.
+constexpr int TILE_ROWS = BYTES == 64 ? 12 : 6;
+using Floats = Lanes<float>::V;
+
+// Rows 0 .. TILE_ROWS / VECTORS * 2 - 1 of a tile whose columns are VECTORS vectors.
+template <int VECTORS>
+constexpr int tile_rows() {
+  return TILE_ROWS * 2 / VECTORS;
+}
+
+// LANES rows of `from` become LANES columns of `to`: [row][inner] -> [inner][row].
+KERNEL static inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  Floats rows[LANES], next[LANES];
+  Lanes<float>::I low{}, high{};
+  for (int lane = 0; lane < LANES; ++lane) {
+    low[lane] = lane / 2 + (lane % 2) * LANES;
+    high[lane] = low[lane] + LANES / 2;
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < LANES; ++row) rows[row] = load(from + row * stride);
+#pragma GCC unroll 4
+  for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
+    for (int pair = 0; pair < LANES / 2; ++pair) {
+      next[2 * pair] = __builtin_shuffle(rows[pair], rows[pair + LANES / 2], low);
+      next[2 * pair + 1] = __builtin_shuffle(rows[pair], rows[pair + LANES / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < LANES; ++row) rows[row] = next[row];
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < LANES; ++row) store(to + row * to_stride, rows[row]);
+}
+
+// Columns of b, [inner, width], as panels [width / (VECTORS LANES)][inner][VECTORS LANES], filled up with zeros.
+template <int VECTORS>
+KERNEL static void pack_columns(
+    const float* b, int64_t row, int64_t column, int64_t inner, int64_t first, int64_t last, int64_t width, float* to) {
+  constexpr int64_t SPAN = VECTORS * LANES;
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t start = panel * SPAN, columns = std::min(SPAN, width - start);
+    const float* from = b + start * column;
+    float* target = to + panel * SPAN * inner;
+    if (column == 1 && columns == SPAN) {
+      for (int64_t p = 0; p < inner; ++p) {
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; ++v) store(target + p * SPAN + v * LANES, load(from + p * row + v * LANES));
+      }
+    } else if (row == 1 && columns == SPAN) {
+      const int64_t whole = inner / LANES * LANES;
+      for (int v = 0; v < VECTORS; ++v) {
+        const float* source = from + v * LANES * column;
+        for (int64_t p = 0; p < whole; p += LANES) {
+          transpose(source + p, column, target + p * SPAN + v * LANES, SPAN);
+        }
+        for (int64_t p = whole; p < inner; ++p) {
+          for (int j = 0; j < LANES; ++j) target[p * SPAN + v * LANES + j] = source[j * column + p];
+        }
+      }
+    } else {
+      for (int64_t p = 0; p < inner; ++p) {
+        for (int64_t j = 0; j < columns; ++j) target[p * SPAN + j] = from[p * row + j * column];
+        for (int64_t j = columns; j < SPAN; ++j) target[p * SPAN + j] = 0.f;
+      }
+    }
+  }
+}
+
+// Rows of a, by rows [ROWS][DEPTH + 16] where they are contiguous and otherwise [inner][ROWS], zeros in place of missing
+// ones. The gap keeps rows of a power of two out of each other's place in the cache.
+template <int ROWS>
+KERNEL static void pack_rows(
+    const float* a, int64_t row, int64_t column, int64_t inner, int64_t rows, bool by_rows, float* to) {
+  if (by_rows) {
+    for (int64_t i = 0; i < ROWS; ++i) {
+      float* target = to + i * ROW_STRIDE;
+      if (i < rows) {
+        __builtin_memcpy(target, a + i * row, inner * sizeof(float));
+      } else {
+        __builtin_memset(target, 0, inner * sizeof(float));
+      }
+    }
+  } else if (row == 1 && rows == ROWS) {
+    for (int64_t p = 0; p < inner; ++p) __builtin_memcpy(to + p * ROWS, a + p * column, ROWS * sizeof(float));
+  } else {
+    for (int64_t p = 0; p < inner; ++p) {
+      for (int64_t i = 0; i < ROWS; ++i) to[p * ROWS + i] = i < rows ? a[i * row + p * column] : 0.f;
+    }
+  }
+}
+
+// One tile: each sum runs over `inner` in order, in one register, whatever the tile's place in the product.
+template <int VECTORS, bool BY_ROWS>
+KERNEL static inline void tile(
+    const float* a, const float* b, int64_t inner, float* c, int64_t c_row, int64_t c_column, int64_t rows,
+    int64_t columns, bool add) {
+  constexpr int ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
+  Floats sums[ROWS][VECTORS];
+#pragma GCC unroll 24
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) sums[i][v] = Floats{};
+  }
+  for (int64_t p = 0; p < inner; ++p) {
+    Floats from_b[VECTORS];
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) from_b[v] = load(b + p * SPAN + v * LANES);
+#pragma GCC unroll 24
+    for (int i = 0; i < ROWS; ++i) {
+      const float from_a = BY_ROWS ? a[i * ROW_STRIDE + p] : a[p * ROWS + i];
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) sums[i][v] += from_a * from_b[v];
+    }
+  }
+  if (c_column == 1 && rows == ROWS && columns == SPAN) {
+#pragma GCC unroll 24
+    for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+      for (int v = 0; v < VECTORS; ++v) {
+        float* place = c + i * c_row + v * LANES;
+        store(place, add ? load(place) + sums[i][v] : sums[i][v]);
+      }
+    }
+    return;
+  }
+  alignas(64) float whole[ROWS][SPAN];
+#pragma GCC unroll 24
+  for (int i = 0; i < ROWS; ++i) {
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; ++v) store(whole[i] + v * LANES, sums[i][v]);
+  }
+  if (c_column == 1) {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        float* place = c + i * c_row + j;
+        *place = add ? *place + whole[i][j] : whole[i][j];
+      }
+    }
+  } else {
+    for (int64_t j = 0; j < columns; ++j) {
+      for (int64_t i = 0; i < rows; ++i) {
+        float* place = c + i * c_row + j * c_column;
+        *place = add ? *place + whole[i][j] : whole[i][j];
+      }
+    }
+  }
+}
+
+template <int VECTORS, bool BY_ROWS>
+KERNEL static void multiply_rows(
+    const Product& product, const float* packed, int64_t inner_start, int64_t inner, int64_t column_start,
+    int64_t columns, bool add, int64_t first, int64_t last) {
+  constexpr int64_t ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
+  alignas(64) float own[ROWS * ROW_STRIDE];
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t start = panel * ROWS, rows = std::min(ROWS, product.rows - start);
+    pack_rows<ROWS>(
+        product.a + start * product.a_row + inner_start * product.a_column, product.a_row, product.a_column, inner,
+        rows, BY_ROWS, own);
+    float* c = product.c + start * product.c_row + column_start * product.c_column;
+    for (int64_t column = 0; column < columns; column += SPAN) {
+      tile<VECTORS, BY_ROWS>(
+          own, packed + column * inner, inner, c + column * product.c_column, product.c_row, product.c_column, rows,
+          std::min(SPAN, columns - column), add);
+    }
+  }
+}
+
+template <int VECTORS>
+static void multiply_with(const Product& product, bool alone) {
+  constexpr int64_t ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
+  const int64_t width = std::max<int64_t>(SPAN, WIDTH / SPAN * SPAN);
+  const int64_t panels = (product.rows + ROWS - 1) / ROWS;
+  const bool by_rows = product.a_column == 1;
+  thread_local std::vector<float> room;
+  for (int64_t column = 0; column < product.columns; column += width) {
+    const int64_t columns = std::min(width, product.columns - column);
+    const int64_t spans = (columns + SPAN - 1) / SPAN;
+    for (int64_t start = 0; start < product.inner; start += DEPTH) {
+      const int64_t inner = std::min<int64_t>(DEPTH, product.inner - start);
+      if (static_cast<int64_t>(room.size()) < spans * SPAN * inner + LANES) room.resize(spans * SPAN * inner + LANES);
+      float* packed = aligned(room.data());
+      const bool add = product.add || start > 0;
+      const auto pack = [&](int64_t first, int64_t last) {
+        pack_columns<VECTORS>(
+            product.b + start * product.b_row + column * product.b_column, product.b_row, product.b_column, inner,
+            first, last, columns, packed);
+      };
+      const auto multiply = [&](int64_t first, int64_t last) {
+        if (by_rows) {
+          multiply_rows<VECTORS, true>(product, packed, start, inner, column, columns, add, first, last);
+        } else {
+          multiply_rows<VECTORS, false>(product, packed, start, inner, column, columns, add, first, last);
+        }
+      };
+      if (alone) {
+        pack(0, spans);
+        multiply(0, panels);
+      } else {
+        at::parallel_for(0, spans, 1 + GRAIN / (SPAN * inner), pack);
+        at::parallel_for(0, panels, 1, multiply);
+      }
+    }
+  }
+}
+
+static void multiply(const Product& product, bool alone) {
+  if (product.columns <= LANES) {
+    multiply_with<1>(product, alone);
+  } else {
+    multiply_with<2>(product, alone);
+  }
+}
