@@ -4,9 +4,8 @@ One prompt is read once: the samples of its group go on from copies of its cache
 read in chunks between decoding steps, so that nobody waits for a long one. A request is seated when the cache has pages
 for it; when pages run out all the same, the youngest request gives up its slot, keeps its tokens, and is read again
 when there is room. The decoding path is arrays over the active slots: Python touches a request when it is seated and
-when it has ended, not for every token. Results do not depend on slots, pages, chunks or the order of requests, except
-for floating-point rounding in the logits; and matrices get their rows in fours, of which most products on a CPU make
-the same bits whatever the other rows are.
+when it has ended, not for every token. Results do not depend on slots, pages, chunks or the order of requests: on a
+CPU with compiled kernels in no bit, elsewhere but for floating-point rounding in the logits.
 
 Consumes requests, produces trajectories in the order of the requests, waits for nobody but the log: a token is in it
 before the next one is computed.
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 
 from opd.config import ConfigError, SamplingConfig
+from opd.kernels.products import linear
 from opd.model import DeepseekV4
 from opd.model.cache import Extension, OutOfPages
 from opd.types import FinishReason, Trajectory
@@ -32,7 +32,6 @@ from rollout.wal import Log, log_complete
 PREFILL_TOKENS = 8192  # padded prompt tokens read between two decoding steps
 REFILL_SHARE = 4  # requests join when one slot in so many is free: reading one prompt costs nearly a decoding step
 SPARE_SHARE = 8  # pages kept free for decoding when a request is seated: one for so many active slots
-ROWS = 4  # what a product's rows are filled up to a multiple of: a remainder may be summed in another order
 NOBODY = -1
 
 
@@ -269,7 +268,7 @@ class V4Engine:
             slots, sizes = self._chunks(run)
             if not len(slots):
                 return None
-            at = self._extension(run, slots, sizes, -(-int(sizes.max()) // ROWS) * ROWS)
+            at = self._extension(run, slots, sizes)
             if at is not None:
                 break
         width = at.positions.shape[1]
@@ -283,8 +282,8 @@ class V4Engine:
 
     def _chunks(self, run: _Run) -> tuple[np.ndarray, np.ndarray]:
         """Who reads how many tokens now: the oldest first, up to the budget of padded tokens, and never across the end
-        of a prompt, where others may copy it. Rows are padded to a multiple of ROWS, which is the least budget."""
-        budget = max(ROWS, self.prefill_tokens // ROWS * ROWS)
+        of a prompt, where others may copy it."""
+        budget = self.prefill_tokens
         slots: list[int] = []
         sizes: list[int] = []
         reads: set[int] = set()  # prompts that somebody reads
@@ -299,17 +298,16 @@ class V4Engine:
                 reads.add(prompt)
             goal = self.prompt_ends[slot] if end < self.prompt_ends[slot] else self.lengths[slot]
             size = min(int(goal - end), budget)
-            width = -(-max(*sizes, size) // ROWS) * ROWS if sizes else 0
-            if slots and (len(slots) + 1) * width > budget:
+            if slots and (len(slots) + 1) * max(*sizes, size) > budget:
                 break
             slots.append(slot)
             sizes.append(size)
         return np.array(slots, dtype=np.int64), np.array(sizes, dtype=np.int64)
 
-    def _extension(self, run: _Run, slots: np.ndarray, sizes: np.ndarray, width: int) -> Extension | None:
+    def _extension(self, run: _Run, slots: np.ndarray, sizes: np.ndarray) -> Extension | None:
         """Pages for `sizes` more tokens; None when there were too few and somebody gave way, maybe one of these."""
         try:
-            return self.cache.extension(slots, self.ends[slots], sizes, width)
+            return self.cache.extension(slots, self.ends[slots], sizes)
         except OutOfPages:
             self._give_way(run)
             return None
@@ -318,16 +316,12 @@ class V4Engine:
 
     def _decode(self, run: _Run) -> None:
         """One more token for every active slot: feed the last one drawn, draw the next."""
-        while (at := self._extension(run, run.active, np.ones_like(run.active), 1)) is None:
+        while (at := self._extension(run, run.active, np.ones_like(run.active))) is None:
             if not len(run.active):
                 return
         slots = run.active
         token_ids = torch.as_tensor(self.tokens[slots, self.ends[slots]].astype(np.int64), device=at.slots.device)
-        if len(slots) % ROWS:
-            # The last row several times: it reads and writes the same each time.
-            rows = torch.arange(len(slots) + -len(slots) % ROWS, device=at.slots.device).clamp_(max=len(slots) - 1)
-            token_ids, at = token_ids[rows], _rows_of(at, rows)
-        hidden = self.model.extend(token_ids[:, None], self.cache, at)[: len(slots)]
+        hidden = self.model.extend(token_ids[:, None], self.cache, at)
         self.ends[slots] += 1
         self.decoding_steps += 1
         run.active = self._draw(run, slots, hidden[:, 0])
@@ -337,8 +331,7 @@ class V4Engine:
 
         The token is not in the cache yet.
         """
-        filled = torch.nn.functional.pad(hidden.float(), (0, 0, 0, -len(slots) % ROWS))
-        logits = torch.nn.functional.linear(filled, self.model.head.float())[: len(slots)]
+        logits = linear(hidden.float(), self.model.head.float())
         positions = torch.as_tensor(self.lengths[slots], device=logits.device)
         keys = self.keys[torch.as_tensor(slots, device=logits.device)]
         samples = sample(logits, keys, positions, run.sampling).samples()
@@ -356,17 +349,6 @@ class V4Engine:
             self.free.append(slot)
         self.cache.release(slots[over])
         return slots[~over]
-
-
-def _rows_of(at: Extension, rows: torch.Tensor) -> Extension:
-    return Extension(
-        slots=at.slots[rows],
-        starts=at.starts[rows],
-        lengths=at.lengths[rows],
-        positions=at.positions[rows],
-        max_end=at.max_end,
-        pages=at.pages[rows],
-    )
 
 
 def pages_of(model: DeepseekV4, num_slots: int, max_tokens: int, cache_bytes: int | None) -> int | None:

@@ -3,6 +3,7 @@ themselves on other batches and numbers of threads."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import pytest
@@ -14,7 +15,7 @@ from opd.kernels import fused
 from opd.kernels.library import operators
 from opd.model.hyper_connection import HyperConnection, HyperHead
 from opd.model.layers import RMSNorm, norm_rotate, rope_rotation, rotate, swiglu, unit_rms
-from opd.model.moe import Experts
+from opd.model.moe import SCORING, Experts, affinities
 
 pytestmark = pytest.mark.skipif(operators() is None, reason="no C++ compiler, and no library in the cache")
 BOUNDS = {torch.float64: 1e-11, torch.float32: 3e-5}
@@ -253,28 +254,51 @@ def test_gradients_do_not_depend_on_the_number_of_threads(threads: Callable[[int
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("scoring", SCORING)
+def test_affinities_and_their_gradients(scoring: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = inputs(70, 5, dtype=dtype, scale=4.0).requires_grad_()
+    agree(*both_ways(lambda: [affinities(logits, scoring)], [logits], monkeypatch))
+    edges = torch.tensor([-torch.inf, -1e4, -200.0, 0.0, 200.0], dtype=dtype, requires_grad=True)
+    values = affinities(edges, scoring)
+    (slopes,) = torch.autograd.grad(values.sum(), edges)
+    assert values.isfinite().all() and slopes.isfinite().all() and values[0] == slopes[0] == 0
+    whole = affinities(logits, scoring)
+    assert all(torch.equal(affinities(row, scoring), expected) for row, expected in zip(logits, whole, strict=True))
+
+
 def test_other_dtypes_and_devices_are_left_alone() -> None:
     assert not fused.usable(torch.ones(1, dtype=torch.bfloat16))
     assert not fused.usable(torch.ones(1, device="meta"))
 
 
-def test_a_decoding_step_reads_the_cache_as_it_lies() -> None:
+def test_new_tokens_read_the_cache_as_it_lies() -> None:
     """Ring by position, entries on pages in any order, -1 picks: against keys that were put in order first."""
-    window, per_page, heads, width = 6, 4, 3, 20
-    positions, slots = torch.tensor([0, 4, 5, 6, 37]), torch.tensor([4, 0, 2, 1, 3])
+    window, per_page, heads, width, tokens = 6, 4, 3, 20, 9
+    starts, lengths = torch.tensor([0, 4, 5, 6, 37]), torch.tensor([9, 1, 3, 8, 2])
+    slots = torch.tensor([4, 0, 2, 1, 3])
     ring, entries = inputs(5, window, width, seed=1), inputs(12, per_page, width, seed=2)
-    pages, visible = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:10].view(5, 2), torch.arange(5) + 2
-    query, own, sinks = inputs(5, heads, width, seed=3), inputs(5, width, seed=4), inputs(heads, seed=5)
-    for picks in (None, torch.tensor([[0, 1, -1], [2, -1, -1], [3, 0, 2], [-1, -1, -1], [5, 4, 1]])):
+    pages = torch.randperm(12, generator=torch.Generator().manual_seed(0))[:10].view(5, 2)
+    visible = (torch.arange(5)[:, None] + torch.arange(tokens)) % 7
+    query, own = inputs(5, tokens, heads, width, seed=3), inputs(5, tokens, width, seed=4)
+    sinks = inputs(heads, seed=5)
+    chosen_by = torch.randint(-1, 8, (5, tokens, 3), generator=torch.Generator().manual_seed(1))
+    for picks in (None, chosen_by):
         found = fused.decode_attention(
-            query, own, ring, entries, sinks, slots=slots, positions=positions, pages=pages, visible=visible,
+            query, own, ring, entries, sinks, slots=slots, starts=starts, lengths=lengths, pages=pages, visible=visible,
             picks=picks, most_visible=6,
         )  # fmt: skip
-        for b in range(5):
-            position = int(positions[b])
-            past = [ring[slots[b], p % window] for p in range(max(0, position - window + 1), position)]
+        for b, t in itertools.product(range(5), range(tokens)):
+            if t >= lengths[b]:
+                assert not found[b, t].any()
+                continue
+            position, start = int(starts[b]) + t, int(starts[b])
+            past = [
+                ring[slots[b], p % window] if p < start else own[b, p - start]
+                for p in range(max(0, position - window + 1), position + 1)
+            ]
             ordered = entries[pages[b]].flatten(0, 1)
-            chosen = ordered[: visible[b]] if picks is None else ordered[picks[b][picks[b] >= 0]]
-            keys = torch.stack([*past, own[b], *chosen])
-            logits = torch.cat((sinks[:, None], query[b] @ keys.T / width**0.5), 1)
-            assert error(found[b], logits.softmax(-1)[:, 1:] @ keys) < 1e-12
+            chosen = ordered[: visible[b, t]] if picks is None else ordered[picks[b, t][picks[b, t] >= 0]]
+            keys = torch.stack([*past, *chosen])
+            logits = torch.cat((sinks[:, None], query[b, t] @ keys.T / width**0.5), 1)
+            assert error(found[b, t], logits.softmax(-1)[:, 1:] @ keys) < 1e-12

@@ -1,8 +1,10 @@
-// Attention of one new token of each sequence to its window, its entries and a sink, reading the cache where it lies.
+// Attention of new tokens of each sequence to their window, their entries and a sink, reading the cache where it lies.
 //
-// A sequence's keys are pointers into ring and pages, so a step copies nothing and costs the keys that it sees. The
-// equations are those of opd/model/sparse.py; whole sequences go through tiled_attention.cpp. The loops are in
-// decode_kernels.h. float and double; every tensor is contiguous, and what fused.py passes has been checked there.
+// A query's keys are pointers into ring, new keys and pages, so a step copies nothing and costs the keys that it sees.
+// One order of additions for a query, whether its token comes alone, in a chunk, or beside other sequences: the same
+// bits in decoding and in prefill. The equations are those of opd/model/sparse.py; training goes through
+// tiled_attention.cpp. The loops are in decode_kernels.h. float and double; every tensor is contiguous, and what fused.py
+// passes has been checked there.
 
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -14,9 +16,9 @@ namespace {
 template <typename T>
 struct Decoding {
   const T *query, *own, *ring, *entries, *sinks;
-  const int64_t *slots, *positions, *pages, *visible, *picks;
+  const int64_t *slots, *starts, *lengths, *pages, *visible, *picks;
   T* out;
-  int64_t heads, width, window, num_pages, per_page, num_picks;
+  int64_t tokens, heads, width, window, num_pages, per_page, num_picks;
 };
 
 #define LOOPS "decode_kernels.h"
@@ -26,18 +28,19 @@ using Maybe = std::optional<at::Tensor>;
 
 at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& own, const at::Tensor& ring,
                             const Maybe& entries, const at::Tensor& sinks, const at::Tensor& slots,
-                            const at::Tensor& positions, const at::Tensor& pages, const Maybe& visible,
-                            const Maybe& picks, int64_t most_visible) {
+                            const at::Tensor& starts, const at::Tensor& lengths, const at::Tensor& pages,
+                            const Maybe& visible, const Maybe& picks, int64_t most_visible) {
   at::Tensor out = at::empty_like(query);
   by_type(query, [&](auto zero) {
     using T = decltype(zero);
     const Decoding<T> a{query.const_data_ptr<T>(), own.const_data_ptr<T>(), ring.const_data_ptr<T>(), data<T>(entries),
                         sinks.const_data_ptr<T>(), slots.const_data_ptr<int64_t>(),
-                        positions.const_data_ptr<int64_t>(), pages.const_data_ptr<int64_t>(), data<int64_t>(visible),
-                        data<int64_t>(picks), out.mutable_data_ptr<T>(), query.size(1), query.size(2), ring.size(1),
-                        pages.size(1), entries ? entries->size(1) : 1, picks ? picks->size(1) : 0};
+                        starts.const_data_ptr<int64_t>(), lengths.const_data_ptr<int64_t>(),
+                        pages.const_data_ptr<int64_t>(), data<int64_t>(visible), data<int64_t>(picks),
+                        out.mutable_data_ptr<T>(), query.size(1), query.size(2), query.size(3), ring.size(1),
+                        pages.size(1), entries ? entries->size(1) : 1, picks ? picks->size(2) : 0};
     const int64_t most = a.window + 1 + (entries ? (picks ? a.num_picks : most_visible) : 0);
-    at::parallel_for(0, query.size(0), std::max<int64_t>(1, GRAIN / (most * a.heads)),
+    at::parallel_for(0, query.size(0) * query.size(1), std::max<int64_t>(1, GRAIN / (most * a.heads)),
                      [&](int64_t begin, int64_t end) { WITH_BEST((fast::decode<T>(a, most, begin, end))); });
   });
   return out;
@@ -47,7 +50,7 @@ at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& own, cons
 
 TORCH_LIBRARY_FRAGMENT(opd, library) {
   library.def("decode_attention(Tensor query, Tensor own, Tensor ring, Tensor? entries, Tensor sinks, Tensor slots, "
-              "Tensor positions, Tensor pages, Tensor? visible, Tensor? picks, int most_visible) -> Tensor");
+              "Tensor starts, Tensor lengths, Tensor pages, Tensor? visible, Tensor? picks, int most_visible) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(opd, CPU, library) {

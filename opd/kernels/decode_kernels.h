@@ -115,26 +115,32 @@ KERNEL static void attend(const T* query, int64_t heads, int64_t width, const T*
   mixture(weights, heads, width, keys, size, padded, out);
 }
 
-// A decoding step of row b: ring, own key, and paged entries (all visible ones or picks).
+// Queries begin .. end - 1, counted over rows of a.tokens: ring, new keys, paged entries (all visible ones or picks).
 template <typename T>
 KERNEL static void decode(const Decoding<T>& a, int64_t most, int64_t begin, int64_t end) {
   const int64_t C = a.width, stride = a.heads * C, padded = (most + 15) / 16 * 16;
   std::vector<const T*> keys(most + 1);
   std::vector<T> weights(a.heads * padded);
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t position = a.positions[b];
+  for (int64_t query = begin; query < end; ++query) {
+    const int64_t b = query / a.tokens, token = query % a.tokens, position = a.starts[b] + token;
+    if (token >= a.lengths[b]) {
+      std::fill_n(a.out + query * stride, stride, T(0));
+      continue;
+    }
     int64_t size = 0;
-    for (int64_t past = std::max<int64_t>(0, position - a.window + 1); past < position; ++past, ++size) {
+    for (int64_t past = std::max<int64_t>(0, position - a.window + 1); past < a.starts[b]; ++past, ++size) {
       keys[size] = a.ring + (a.slots[b] * a.window + past % a.window) * C;
     }
-    keys[size++] = a.own + b * C;
-    const int64_t limit = a.entries ? (a.picks ? a.num_picks : a.visible[b]) : 0;
+    for (int64_t own = std::max<int64_t>(0, token - a.window + 1); own <= token; ++own, ++size) {
+      keys[size] = a.own + (b * a.tokens + own) * C;
+    }
+    const int64_t limit = a.entries ? (a.picks ? a.num_picks : a.visible[query]) : 0;
     for (int64_t i = 0; i < limit; ++i) {
-      const int64_t entry = a.picks ? a.picks[b * a.num_picks + i] : i;
+      const int64_t entry = a.picks ? a.picks[query * a.num_picks + i] : i;
       if (entry < 0) continue;
       keys[size++] = a.entries + (a.pages[b * a.num_pages + entry / a.per_page] * a.per_page + entry % a.per_page) * C;
     }
-    attend(a.query + b * stride, a.heads, C, keys.data(), size, padded, a.sinks, weights.data(),
-           a.out + b * stride);
+    attend(a.query + query * stride, a.heads, C, keys.data(), size, padded, a.sinks, weights.data(),
+           a.out + query * stride);
   }
 }

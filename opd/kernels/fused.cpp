@@ -295,57 +295,87 @@ std::tuple<at::Tensor, at::Tensor> gather_backward(const at::Tensor& grad, const
   return {grad_x, grad_weights};
 }
 
-// One token of each of B sequences enters the rings; -> the rows whose block it completes, the block's number, and its
-// pooled entry. kv, gate [B, S], bias [ratio, S], rings [slots, R, S] by position; with `overlap` S is twice the width.
+// Tokens of B sequences enter the rings, lengths[b] of them from position starts[b] on; -> the rows whose blocks they
+// complete, the blocks' numbers, and the pooled entries. kv, gate [B, T, S], bias [ratio, S], rings [slots, R, S] by
+// position; with `overlap` S is twice the width. A block is pooled when its last token is in, and a ring holds no more
+// than the next block needs, so one sequence's tokens go in one after the other, as they would one call at a time.
 std::tuple<at::Tensor, at::Tensor, at::Tensor> compress_step(
     const at::Tensor& kv, const at::Tensor& gate, const at::Tensor& bias, at::Tensor ring_kv, at::Tensor ring_gate,
-    const at::Tensor& slots, const at::Tensor& positions, bool overlap) {
-  const int64_t batch = kv.size(0), series = kv.size(1), ratio = bias.size(0), ring = ring_kv.size(1);
-  const int64_t width = overlap ? series / 2 : series;
-  const int64_t *slot = slots.const_data_ptr<int64_t>(), *position = positions.const_data_ptr<int64_t>();
-  std::vector<int64_t> closing;
+    const at::Tensor& slots, const at::Tensor& starts, const at::Tensor& lengths, bool overlap) {
+  const int64_t batch = kv.size(0), tokens = kv.size(1), series = kv.size(2), ratio = bias.size(0);
+  const int64_t ring = ring_kv.size(1), width = overlap ? series / 2 : series;
+  const int64_t *slot = slots.const_data_ptr<int64_t>(), *start = starts.const_data_ptr<int64_t>(),
+                *length = lengths.const_data_ptr<int64_t>();
+  std::vector<int64_t> before(batch + 1, 0);  // blocks that the rows before complete
   for (int64_t b = 0; b < batch; ++b) {
-    if ((position[b] + 1) % ratio == 0) closing.push_back(b);
+    TORCH_CHECK(length[b] <= tokens, "a row of ", length[b], " tokens among ", tokens, " columns");
+    before[b + 1] = before[b] + (start[b] + length[b]) / ratio - start[b] / ratio;
   }
-  const int64_t closed = int64_t(closing.size());
-  at::Tensor rows = at::empty({closed}, slots.options()), blocks = at::empty({closed}, slots.options()),
-             pooled = at::empty({closed, width}, kv.options());
+  at::Tensor rows = at::empty({before[batch]}, slots.options()), blocks = at::empty({before[batch]}, slots.options()),
+             pooled = at::empty({before[batch], width}, kv.options());
   by_type(kv, [&](auto zero) {
     using T = decltype(zero);
     T *kept_kv = ring_kv.mutable_data_ptr<T>(), *kept_gate = ring_gate.mutable_data_ptr<T>();
     const T *new_kv = kv.const_data_ptr<T>(), *new_gate = gate.const_data_ptr<T>(), *added = bias.const_data_ptr<T>();
-    for (int64_t b = 0; b < batch; ++b) {
-      const int64_t at = (slot[b] * ring + position[b] % ring) * series;
-      const T* own_bias = added + position[b] % ratio * series;
-      for (int64_t d = 0; d < series; ++d) {
-        kept_kv[at + d] = new_kv[b * series + d];
-        kept_gate[at + d] = new_gate[b * series + d] + own_bias[d];
-      }
-    }
     int64_t *row = rows.mutable_data_ptr<int64_t>(), *block = blocks.mutable_data_ptr<int64_t>();
     T* out = pooled.mutable_data_ptr<T>();
-    at::parallel_for(0, closed, std::max<int64_t>(1, GRAIN / (series * ratio * 4)), [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, batch, std::max<int64_t>(1, GRAIN / (series * tokens * 8)), [&](int64_t begin, int64_t end) {
       std::vector<const T*> from_kv(2 * ratio), from_gate(2 * ratio);
       std::vector<T> weights(2 * ratio * TOKENS);
-      for (int64_t i = begin; i < end; ++i) {
-        const int64_t b = closing[i];
-        row[i] = b;
-        block[i] = position[b] / ratio;
-        int64_t candidates = 0;
-        const auto add = [&](int64_t first, int64_t offset) {
-          for (int64_t p = first; p < first + ratio; ++p, ++candidates) {
-            const int64_t at = (slot[b] * ring + p % ring) * series + offset;
-            from_kv[candidates] = kept_kv + at;
-            from_gate[candidates] = kept_gate + at;
+      for (int64_t b = begin; b < end; ++b) {
+        int64_t closed = before[b];
+        for (int64_t t = 0; t < length[b]; ++t) {
+          const int64_t position = start[b] + t, at = (slot[b] * ring + position % ring) * series;
+          const T *own_kv = new_kv + (b * tokens + t) * series, *own_gate = new_gate + (b * tokens + t) * series,
+                  *own_bias = added + position % ratio * series;
+          for (int64_t d = 0; d < series; ++d) {
+            kept_kv[at + d] = own_kv[d];
+            kept_gate[at + d] = own_gate[d] + own_bias[d];
           }
-        };
-        if (overlap && block[i] > 0) add((block[i] - 1) * ratio, 0);
-        add(block[i] * ratio, overlap ? width : 0);
-        WITH_BEST((fast::pool<T>(from_kv.data(), from_gate.data(), candidates, width, weights.data(), out + i * width)));
+          if ((position + 1) % ratio) continue;
+          const int64_t number = position / ratio;
+          int64_t candidates = 0;
+          const auto add = [&](int64_t first, int64_t offset) {
+            for (int64_t p = first; p < first + ratio; ++p, ++candidates) {
+              const int64_t place = (slot[b] * ring + p % ring) * series + offset;
+              from_kv[candidates] = kept_kv + place;
+              from_gate[candidates] = kept_gate + place;
+            }
+          };
+          if (overlap && number > 0) add((number - 1) * ratio, 0);
+          add(number * ratio, overlap ? width : 0);
+          row[closed] = b;
+          block[closed] = number;
+          WITH_BEST((fast::pool<T>(
+              from_kv.data(), from_gate.data(), candidates, width, weights.data(), out + closed * width)));
+          ++closed;
+        }
       }
     });
   });
   return {rows, blocks, pooled};
+}
+
+// sqrt(log(1 + e^x)), or 1 / (1 + e^-x), of every number by the same instructions wherever it stands: torch's own take
+// others for the last few of a tensor.
+at::Tensor affinity(const at::Tensor& logits, bool is_sigmoid) {
+  at::Tensor out = at::empty_like(logits);
+  by_type(logits, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = logits.const_data_ptr<T>();
+    T* to = out.mutable_data_ptr<T>();
+    at::parallel_for(0, logits.numel(), GRAIN / 16, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const T x = from[i], power = std::exp(-std::abs(x));
+        if (is_sigmoid) {
+          to[i] = (x < 0 ? power : T(1)) / (T(1) + power);
+        } else {
+          to[i] = std::sqrt(std::max(x, T(0)) + std::log1p(power));
+        }
+      }
+    });
+  });
+  return out;
 }
 
 // Copies of tokens in the order of their experts, first come first: -> each copy's token [N K], where each token's copies
@@ -396,8 +426,9 @@ TORCH_LIBRARY_FRAGMENT(opd, library) {
               "bool back, bool with_weight) -> (Tensor, Tensor)");
   library.def("swiglu(Tensor gate, Tensor? up, float limit) -> Tensor");
   library.def("swiglu_backward(Tensor grad, Tensor gate, Tensor? up, float limit) -> (Tensor, Tensor)");
+  library.def("affinity(Tensor logits, bool is_sigmoid) -> Tensor");
   library.def("compress_step(Tensor kv, Tensor gate, Tensor bias, Tensor(a!) ring_kv, Tensor(b!) ring_gate, "
-              "Tensor slots, Tensor positions, bool overlap) -> (Tensor, Tensor, Tensor)");
+              "Tensor slots, Tensor starts, Tensor lengths, bool overlap) -> (Tensor, Tensor, Tensor)");
   library.def("expert_rows(Tensor chosen, int experts) -> (Tensor, Tensor, Tensor)");
   library.def("mxfp4_values(Tensor x) -> Tensor");
   library.def("gather(Tensor x, Tensor places, Tensor? weights) -> Tensor");
@@ -413,6 +444,7 @@ TORCH_LIBRARY_IMPL(opd, CPU, library) {
   library.impl("norm_backward", norm_backward);
   library.impl("swiglu", swiglu);
   library.impl("swiglu_backward", swiglu_backward);
+  library.impl("affinity", affinity);
   library.impl("compress_step", compress_step);
   library.impl("expert_rows", expert_rows);
   library.impl("mxfp4_values", mxfp4_values);

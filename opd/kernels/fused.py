@@ -194,6 +194,29 @@ def swiglu(gate: Tensor, up: Tensor | None, limit: float) -> Tensor:
     return _run(_Swiglu, gate, up, limit)
 
 
+class _Affinity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, is_sigmoid: bool) -> Tensor:
+        ops: Any = operators()
+        y = ops.affinity(logits.contiguous(), is_sigmoid)
+        ctx.save_for_backward(logits, y)
+        ctx.is_sigmoid = is_sigmoid
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        logits, y = ctx.saved_tensors
+        if ctx.is_sigmoid:
+            return grads[0] * y * (1 - y), None
+        # Far below zero y is e^(x / 2), of which the ratio has the limit zero.
+        return grads[0] * torch.sigmoid(logits) / (2 * y).clamp_min(torch.finfo(y.dtype).tiny), None
+
+
+def affinity(logits: Tensor, is_sigmoid: bool) -> Tensor:
+    """sqrt(softplus(logits)), or their sigmoid."""
+    return _run(_Affinity, logits, is_sigmoid)
+
+
 class _Dispatch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, source: Tensor, places: Tensor) -> Tensor:
@@ -247,20 +270,23 @@ def decode_attention(
     sinks: Tensor,
     *,
     slots: Tensor,
-    positions: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
     pages: Tensor,
     visible: Tensor,
     picks: Tensor | None,
     most_visible: int,
 ) -> Tensor:
-    """One new token of each of B sequences against the cache as it lies: [B, H, C], its key [B, C] -> [B, H, C].
+    """New tokens of B sequences against the cache as it lies: [B, T, H, C], their keys [B, T, C] -> [B, T, H, C].
 
-    ring [slots, window, C] by position, without the new key; entries [pages, per page, C], of which row b may see the
-    first visible[b] (at most `most_visible`) on pages[b], or those of picks [B, k], -1 for none. No gradient.
+    Row b has lengths[b] tokens from position starts[b] on; the rest is padding and comes out zero. ring
+    [slots, window, C] by position, without the new keys; entries [pages, per page, C], of which query t of row b may
+    see the first visible[b, t] (at most `most_visible`) on pages[b], or those of picks [B, T, k], -1 for none. A token
+    gets the same bits alone and in a chunk. No gradient.
     """
     ops: Any = operators()
     return ops.decode_attention(
-        query.contiguous(), own.contiguous(), ring, entries, sinks, slots, positions, pages.contiguous(),
+        query.contiguous(), own.contiguous(), ring, entries, sinks, slots, starts, lengths, pages.contiguous(),
         visible.contiguous(), None if picks is None else picks.contiguous(), most_visible,
     )  # fmt: skip
 
@@ -272,13 +298,14 @@ def compress_step(
     ring_kv: Tensor,
     ring_gate: Tensor,
     slots: Tensor,
-    positions: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
     overlap: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One token of each of B sequences enters a compressor's rings [slots, R, S], in place.
+    """New tokens of B sequences enter a compressor's rings [slots, R, S], in place: lengths[b] from starts[b] on.
 
-    kv, gate (without bias) [B, S], bias [m, S] -> of the blocks it completes: rows and block numbers int64 [n], pooled
-    candidates [n, C], before norm and RoPE. No gradient.
+    kv, gate (without bias) [B, T, S], bias [m, S] -> of the blocks they complete: rows and block numbers int64 [n],
+    pooled candidates [n, C], before norm and RoPE. No gradient.
     """
     ops: Any = operators()
     return ops.compress_step(
@@ -288,7 +315,8 @@ def compress_step(
         ring_kv,
         ring_gate,
         slots.contiguous(),
-        positions.contiguous(),
+        starts.contiguous(),
+        lengths.contiguous(),
         overlap,
     )
 

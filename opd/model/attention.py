@@ -117,20 +117,21 @@ class Attention(nn.Module):
             if indexer is not None and cache.indexer is not None and blocks > indexer.topk:
                 picks = indexer.pick(h_BTD, latent, at.paged_rows(cache.indexer, blocks), visible, rotation)
         is_in_place = cache.format.kind == "plain" and cache.window.dtype == dtype == self.sinks.dtype
-        if new_keys.shape[1] == 1 and is_in_place and fused.usable(new_keys):
+        if is_in_place and fused.usable(new_keys):
             mixed = fused.decode_attention(
-                query[:, 0],
-                new_keys[:, 0],
+                query,
+                new_keys,
                 cache.window,
                 cache.compressor.entries if cache.compressor is not None and blocks else None,
                 self.sinks,
                 slots=at.slots,
-                positions=at.starts,
+                starts=at.starts,
+                lengths=at.lengths,
                 pages=at.pages,
-                visible=visible[:, 0],
-                picks=None if picks is None else picks[:, 0],
+                visible=visible,
+                picks=picks,
                 most_visible=blocks,
-            )[:, None]
+            )
         else:
             mixed = self._attend_to_copies(query, new_keys, cache, at, blocks, visible, picks)
         at.write_ring(cache.window, cache.format.encode(new_keys))
@@ -146,7 +147,7 @@ class Attention(nn.Module):
         visible: Tensor,
         picks: Tensor | None,
     ) -> Tensor:
-        """Attention to what is first read out of the cache: for chunks, packed layouts, where nothing is compiled."""
+        """Attention to what is first read out of the cache: for packed layouts, and where nothing is compiled."""
         dtype = new_keys.dtype
         past, first = at.read_ring(cache.window, cache.format, dtype)
         recent = torch.cat((past, new_keys), 1)

@@ -57,9 +57,10 @@ class Compressor(nn.Module):
     def extend(self, h_BTD: Tensor, state: CompressorState, at: Extension, frequencies: Tensor) -> None:
         """Adds the new tokens to the ring and stores the entries of the blocks they complete."""
         kv, gate = self.kv_proj(h_BTD), self.gate_proj(h_BTD)
-        if kv.shape[1] == 1 and fused.usable(kv) and kv.dtype == state.kv.dtype == self.position_bias.dtype:
+        if fused.usable(kv) and kv.dtype == state.kv.dtype == self.position_bias.dtype:
+            rings = state.kv, state.gate
             row, block, pooled = fused.compress_step(
-                kv[:, 0], gate[:, 0], self.position_bias, state.kv, state.gate, at.slots, at.starts, self.overlap
+                kv, gate, self.position_bias, *rings, at.slots, at.starts, at.lengths, self.overlap
             )
             if row.numel():
                 at.write_entries(

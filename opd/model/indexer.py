@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from opd.fp4 import fake_quantize
 from opd.kernels import index as compiled
-from opd.kernels.products import Linear
+from opd.kernels.products import Linear, linear
 from opd.model.cache import PagedRows
 from opd.model.compressor import Compressor
 from opd.model.layers import rotate
@@ -67,7 +67,7 @@ class Indexer(Compressor):
         """x in the Hadamard basis, which spreads outliers over all channels, and in MXFP4 (V4 report 5.2.1)."""
         if not self.quantized:
             return x
-        return fake_quantize(torch.matmul(x, hadamard(self.width).to(x))).to(x.dtype)
+        return fake_quantize(linear(x, hadamard(self.width).to(x))).to(x.dtype)
 
     @torch.no_grad()
     def pick(

@@ -20,10 +20,13 @@ from opd.kernels.products import Linear
 from opd.model.hyper_connection import weighted_sum
 from opd.model.layers import linear_by_segment, swiglu
 
-SCORING = {
-    "sqrtsoftplus": lambda logits: F.softplus(logits).sqrt(),
-    "sigmoid": torch.sigmoid,
-}
+SCORING = ("sqrtsoftplus", "sigmoid")
+
+
+def affinities(logits: Tensor, scoring: str) -> Tensor:
+    if fused.usable(logits):
+        return fused.affinity(logits, scoring == "sigmoid")
+    return torch.sigmoid(logits) if scoring == "sigmoid" else F.softplus(logits).sqrt()
 
 
 class Router(nn.Module):
@@ -48,7 +51,7 @@ class Router(nn.Module):
     ) -> None:
         super().__init__()
         self.experts, self.experts_per_token, self.factor = experts, experts_per_token, factor
-        self.score = SCORING[scoring]
+        self.scoring = scoring
         self.is_hash = hash_vocab is not None
         self.weight = nn.Parameter(torch.empty(experts, hidden_size))
         if hash_vocab is not None:
@@ -64,7 +67,7 @@ class Router(nn.Module):
         `given_NK`, int64, takes the place of the K best wherever it is not negative; a hash layer has no use for it.
         """
         wide = x_ND if x_ND.dtype in (torch.float32, torch.float64) else x_ND.float()
-        scores = self.score(products.linear(wide, self.weight.to(wide.dtype)))
+        scores = affinities(products.linear(wide, self.weight.to(wide.dtype)), self.scoring)
         if self.is_hash:
             chosen = self.tid2eid[token_ids_N]
         else:
