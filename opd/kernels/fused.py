@@ -25,7 +25,7 @@ STREAMS = 4  # of hyper-connections, for which the loops are unrolled
 
 def usable(x: Tensor) -> bool:
     """Whether tensors like x can go through this file."""
-    return x.device.type == "cpu" and x.dtype in DTYPES and operators() is not None
+    return x.is_cpu and x.dtype in DTYPES and operators() is not None
 
 
 class _Nothing:

@@ -20,8 +20,10 @@ from opd.kernels.library import operators
 
 def usable(*tensors: Tensor) -> bool:
     """Whether tensors like these are multiplied here; torch's own products take their place where they are not."""
-    fits = all(tensor.dtype == torch.float32 and tensor.device.type == "cpu" for tensor in tensors)
-    return fits and not torch.is_autocast_enabled("cpu") and operators() is not None
+    for tensor in tensors:
+        if tensor.dtype != torch.float32 or not tensor.is_cpu:
+            return False
+    return operators() is not None and not torch.is_autocast_enabled("cpu")
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None, add: bool = False) -> Tensor:
