@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from opd.kernels import cpu, fused
+from opd.kernels import cpu, fused, products
 from opd.types import Fp4Tensor
 
 BLOCK = 32  # inputs that share a scale in MXFP4
@@ -307,7 +307,7 @@ class FakeFp4Linear(nn.Linear):
     """`nn.Linear` that multiplies by `fake_quantize(weight)`: what the learner trains where workers hold Fp4Linear."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.linear(input, fake_quantize(self.weight), self.bias)
+        return products.linear(input, fake_quantize(self.weight), self.bias)
 
 
 def pack_weights(model: nn.Module, choice: str) -> None:
@@ -340,7 +340,7 @@ def fake_quantize_linears(model: nn.Module) -> None:
             module.__class__ = FakeFp4Linear
 
 
-_LINEARS = (nn.Linear, FakeFp4Linear)  # and no other subclass: its forward may be more than a product
+_LINEARS = (nn.Linear, products.Linear, FakeFp4Linear)  # and no other subclass: its forward may be more than a product
 
 
 # ---- which weights are FP4 -------------------------------------------------------------------------------------------

@@ -122,9 +122,9 @@ def newton_schulz(matrices: Tensor, steep_dtype: torch.dtype = torch.float32) ->
 def _iterate(x: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
     """`steps` times X <- a X + (b A + c A A) X with A = X X^T, for a batch with no more rows than columns."""
     a, b, c = coefficients
+    x = x.contiguous()
     gram = x.new_empty(x.shape[0], x.shape[1], x.shape[1])
     polynomial, other = torch.empty_like(gram), torch.empty_like(x)
-    x = x.contiguous()
     for _ in range(steps):
         matmul(x, x.mT, gram)
         matmul(gram, gram, polynomial).mul_(c).add_(gram, alpha=b)

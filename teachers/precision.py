@@ -24,7 +24,7 @@ from torch.nn import functional
 from opd.config import ConfigError
 from opd.fp4 import Fp4Experts, Fp4Linear, fake_quantize, fp4_names, is_fp4_name, quantize
 from opd.model import CausalLM
-from opd.model.layers import GroupedLinear
+from opd.model.layers import GroupedLinear, Linear
 from opd.model.moe import Experts
 from opd.weights import named_weights
 
@@ -129,6 +129,7 @@ class Fp8Experts(Experts):
 
 _FP8_CLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: Fp8Linear,
+    Linear: Fp8Linear,
     GroupedLinear: Fp8GroupedLinear,
     Experts: Fp8Experts,
 }

@@ -30,6 +30,7 @@ from opd.cost import (
     published_config,
     run_cost,
 )
+from opd.kernels.products import Linear
 from opd.model import DeepseekV4, new_v4
 from opd.model.transformer import CSA, HCA, WINDOW_ONLY, num_parameters, v4_config
 
@@ -183,7 +184,7 @@ def test_formula_and_cache_agree_to_the_byte_for_every_model_file(name: str) -> 
 @pytest.mark.parametrize(("kind", "ratio", "published"), [(CSA, 4, 4890 // 30), (HCA, 128, 584 / 128)])
 def test_a_million_tokens_of_one_layer_of_v4_pro_allocated_for_real(kind: str, ratio: int, published: float) -> None:
     model = on_meta(shape("v4_pro", num_hidden_layers=1, compress_ratios=[ratio], vocab_size=16))
-    model.lm_head = torch.nn.Linear(model.config.hidden_size, 16, bias=False)  # the cache goes where the head is
+    model.lm_head = Linear(model.config.hidden_size, 16, bias=False)  # the cache goes where the head is
     cache = model.new_cache(1, MILLION, layout="packed")
     (layer,) = cache.layers
     tensors = [*layer.per_slot(), *layer.paged()]

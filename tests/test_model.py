@@ -42,7 +42,7 @@ from opd.model.layers import (
     swiglu,
     unit_rms,
 )
-from opd.model.moe import SCORING, Router, balance_statistics
+from opd.model.moe import Router, affinities, balance_statistics
 from opd.model.sparse import Reach, entry_shares, sparse_attention, top_entries
 from opd.model.transformer import CSA, HCA, WINDOW_ONLY, check_v4_config, initialize, num_parameters, v4_config
 from opd.weights import apply_snapshot, save_checkpoint, snapshot_of
@@ -977,7 +977,7 @@ def test_linear_by_segment_is_a_loop_over_experts(sizes: tuple[int, ...]) -> Non
 @pytest.mark.parametrize("mlp", ["hash_moe", "moe"])
 @torch.no_grad()
 def test_moe_token_by_token(mlp: str) -> None:
-    for scoring in SCORING:
+    for scoring in ("sqrtsoftplus", "sigmoid"):
         config = tiny(
             num_hidden_layers=1,
             layer_types=[WINDOW_ONLY],
@@ -1039,7 +1039,7 @@ def test_clamped_values_get_no_gradient() -> None:
     gate_grad, up_grad = torch.autograd.grad(out.sum(), (gate, up))
     assert (gate_grad != 0).tolist() == [True, True, False, False, True, True, True]
     assert (up_grad != 0).tolist() == [True, True, True, True, False, False, True]
-    affinity = SCORING["sqrtsoftplus"](torch.linspace(-20, 60, 500, dtype=torch.float64))
+    affinity = affinities(torch.linspace(-20, 60, 500, dtype=torch.float64), "sqrtsoftplus")
     assert float(affinity.min()) > 0 and bool((affinity.diff() > 0).all())
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from opd.config import ModelConfig
@@ -160,6 +160,16 @@ def test_shapes_and_types_that_do_not_fit_are_refused_or_left_to_torch() -> None
     assert torch.equal(products.matmul(*wide, torch.ones(2, 5).double(), add=True), 1 + wide[0] @ wide[1])
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert products.linear(normal(2, 3), normal(4, 3)).dtype == torch.bfloat16
+
+
+def test_layers_of_any_model() -> None:
+    first, last = nn.Linear(40, 24), nn.Linear(24, 5, bias=False)
+    model = nn.Sequential(first, nn.Tanh(), nn.Sequential(last))
+    x = normal(70, 40)
+    plain = model(x)
+    products.use_in(model)
+    assert type(first) is type(last) is products.Linear
+    assert (model(x) - plain).abs().amax() < 1e-5 and torch.equal(model(x[3:4]), model(x)[3:4])
 
 
 def policy() -> DeepseekV4:

@@ -61,14 +61,16 @@ class _Linear(torch.autograd.Function):
         return grad_x, matmul(grad.t(), x.reshape(-1, x.shape[-1])) if of_weight else None
 
 
-def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """[..., K], [N, K] -> [..., N]."""
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """[..., K], [N, K], [N] -> [..., N]."""
     if not usable(x, weight):
-        return functional.linear(x, weight)
+        return functional.linear(x, weight, bias)
     if torch.is_grad_enabled():
-        return _Linear.apply(x, weight)
-    ops: Any = operators()
-    return ops.linear(x, weight)
+        product = _Linear.apply(x, weight)
+    else:
+        ops: Any = operators()
+        product = ops.linear(x, weight)
+    return product if bias is None else product + bias
 
 
 class _LinearBySegment(torch.autograd.Function):
@@ -139,8 +141,11 @@ class Linear(nn.Linear):
     """torch's layer, by these products where they are usable."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.bias is None:
-            return linear(input, self.weight)
-        if not usable(input, self.weight):
-            return functional.linear(input, self.weight, self.bias)
-        return linear(input, self.weight) + self.bias
+        return linear(input, self.weight, self.bias)
+
+
+def use_in(model: nn.Module) -> None:
+    """Makes the plain linear layers of any model multiply by these products."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear

@@ -21,6 +21,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 
 from opd.config import ConfigError
 from opd.fp4 import fake_quantize_linears
+from opd.kernels import products
 from opd.model.transformer import ModelOutput
 from opd.weights import load_model_config, resolve_checkpoint
 
@@ -104,6 +105,7 @@ def load_hub_model(path: str, revision: str | None = None, *, fp4: str = "none")
     if absent := sorted(loading["missing_keys"]):
         raise ConfigError(f"{path} lacks {len(absent)} of its model's tensors, first {absent[0]!r}")
     _refuse_unless_logits_are_head_times_hidden(path, inner)
+    products.use_in(inner)
     if fp4 == "linears":
         try:
             fake_quantize_linears(inner)
