@@ -93,10 +93,12 @@ def test_a_row_has_the_same_bits_alone_in_any_batch_and_on_any_number_of_threads
     for count in (1, 2, 3):
         threads(count)
         assert torch.equal(products.linear(x, weight), whole)
-        for size in (1, 2, 15, 16, 17, 31, 32, 33, 100):
+        for size in (1, 2, 3, 4, 5, 15, 16, 17, 31, 32, 33, 100):
             some = torch.tensor(rng.choices(range(rows), k=size))
             assert torch.equal(products.linear(x[some], weight), whole[some])
             assert torch.equal(products.matmul(x[some], weight.t().contiguous()), whole[some])
+            into = products.matmul(x[some], weight.t(), torch.ones(size, columns), add=True)
+            assert torch.equal(into, products.matmul(x, weight.t(), torch.ones(rows, columns), add=True)[some])
             chosen = torch.tensor(rng.choices(range(columns), k=size))
             assert torch.equal(products.linear(x, weight[chosen]), whole[:, chosen])
 

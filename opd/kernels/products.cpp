@@ -7,7 +7,8 @@
 //
 // One operand's columns are packed into panels that stay in the second-level cache, the other's rows one panel at a
 // time, and a tile of sums stays in registers from the first to the last element of a block. With few rows the operands
-// change places, so that no large matrix is turned for a handful of them; multiplication commutes, bit for bit.
+// change places, so that no large matrix is turned for a handful of them; multiplication commutes, bit for bit. With one
+// to four rows the matrix is read once and never written.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -22,6 +23,7 @@ namespace {
 constexpr int64_t DEPTH = 512;              // of the inner dimension, summed in registers
 constexpr int64_t ROW_STRIDE = DEPTH + 16;  // of packed rows
 constexpr int64_t WIDTH = 256;              // columns packed at once
+constexpr int64_t VERY_FEW = 4;             // rows, up to which nothing is packed
 constexpr int64_t FEW = 32;                 // rows, up to which they are the packed columns
 constexpr int64_t ALONE = 1 << 21;          // multiplications below which a second thread costs more than it saves
 
@@ -46,12 +48,16 @@ void run(Product product) {
     for (int64_t i = 0; i < product.rows; ++i) std::fill_n(product.c + i * product.c_row, product.columns, 0.f);
     return;
   }
+  const bool alone = at::get_num_threads() == 1 || product.rows * product.columns * product.inner < ALONE;
+  if (product.rows <= VERY_FEW && product.b_row == 1 && product.a_column == 1) {
+    WITH_BEST(fast::multiply_few(product, alone))
+    return;
+  }
   if (product.rows <= FEW && product.b_row == 1 && product.columns > product.rows) {
     product = {
         product.b, product.a, product.c, product.columns, product.rows, product.inner, product.b_column, product.b_row,
         product.a_column, product.a_row, product.c_column, product.c_row, product.add};
   }
-  const bool alone = at::get_num_threads() == 1 || product.rows * product.columns * product.inner < ALONE;
   WITH_BEST(fast::multiply(product, alone))
 }
 

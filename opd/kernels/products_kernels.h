@@ -207,6 +207,69 @@ static void multiply_with(const Product& product, bool alone) {
   }
 }
 
+// One to four rows times columns that lie in memory one after the other: panels first .. last - 1 of LANES columns, turned
+// in registers as they are read. The same sums in the same order as those of a tile.
+template <int ROWS>
+KERNEL static void multiply_few(const Product& product, int64_t first, int64_t last) {
+  alignas(64) float turned[LANES * LANES], part[LANES * LANES];
+  for (int64_t panel = first; panel < last; ++panel) {
+    const int64_t start = panel * LANES, columns = std::min<int64_t>(LANES, product.columns - start);
+    float* c = product.c + start;
+    Floats done[ROWS];
+    for (int i = 0; i < ROWS; ++i) {
+      done[i] = Floats{};
+      for (int64_t j = 0; product.add && j < columns; ++j) done[i][j] = c[i * product.c_row + j];
+    }
+    for (int64_t block = 0; block < product.inner; block += DEPTH) {
+      const int64_t end = std::min(product.inner, block + DEPTH);
+      Floats sums[ROWS];
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) sums[i] = Floats{};
+      for (int64_t p = block; p < end; p += LANES) {
+        const int64_t inner = std::min<int64_t>(LANES, end - p);
+        const float* from = product.b + start * product.b_column + p;
+        if (columns == LANES && inner == LANES) {
+          transpose(from, product.b_column, turned, LANES);
+        } else {
+          for (int64_t j = 0; j < LANES; ++j) {
+            for (int64_t q = 0; q < LANES; ++q) {
+              part[j * LANES + q] = j < columns && q < inner ? from[j * product.b_column + q] : 0.f;
+            }
+          }
+          transpose(part, LANES, turned, LANES);
+        }
+        for (int64_t q = 0; q < inner; ++q) {
+          const Floats weights = load(turned + q * LANES);
+#pragma GCC unroll 4
+          for (int i = 0; i < ROWS; ++i) sums[i] += product.a[i * product.a_row + p + q] * weights;
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < ROWS; ++i) done[i] = block || product.add ? done[i] + sums[i] : sums[i];
+    }
+    for (int i = 0; i < ROWS; ++i) {
+      for (int64_t j = 0; j < columns; ++j) c[i * product.c_row + j] = done[i][j];
+    }
+  }
+}
+
+static void multiply_few(const Product& product, bool alone) {
+  const auto work = [&](int64_t first, int64_t last) {
+    switch (product.rows) {
+      case 1: multiply_few<1>(product, first, last); break;
+      case 2: multiply_few<2>(product, first, last); break;
+      case 3: multiply_few<3>(product, first, last); break;
+      default: multiply_few<4>(product, first, last);
+    }
+  };
+  const int64_t panels = (product.columns + LANES - 1) / LANES;
+  if (alone) {
+    work(0, panels);
+  } else {
+    at::parallel_for(0, panels, 1, work);
+  }
+}
+
 static void multiply(const Product& product, bool alone) {
   if (product.columns <= LANES) {
     multiply_with<1>(product, alone);
