@@ -117,6 +117,25 @@ def test_a_row_is_the_same_bits_in_any_batch(path: str, dtype: torch.dtype) -> N
 
 
 @needs_library
+@pytest.mark.parametrize("kind", ["mxfp4", "nvfp4"])
+@pytest.mark.parametrize(("lowest", "highest"), [(-3, 3), (-130, -100), (-20, 100), (90, 126)])
+def test_a_row_is_the_same_bits_where_sums_overflow_or_vanish(kind: str, lowest: int, highest: int) -> None:
+    """Many rows meet weights that their scales have been multiplied into, which few rows do not."""
+    generator = torch.Generator().manual_seed(highest)
+    steps = torch.randint(lowest, highest, (1, 70, 20, 1), generator=generator)
+    weight = torch.ldexp(torch.randn(1, 70, 20, 32, generator=generator).clamp(-3, 3), steps).flatten(-2)
+    packed = Fp4Experts(quantize(weight) if kind == "mxfp4" else quantize_nv(weight))
+    for low, high in ((-2, 3), (-126, -90), (-100, 1), (0, 127)):
+        steps = torch.randint(low, high, (40, 640), generator=generator)
+        x = torch.ldexp(torch.randn(40, 640, generator=generator), steps)
+        x[3], x[5, 7], x[6, 9] = 0, torch.inf, torch.nan
+        for rows in (x.bfloat16(), x[10:].bfloat16(), x):
+            together = cpu.linear(rows, packed.codes, packed.scales, (len(rows),), 70)
+            alone = [cpu.linear(row[None], packed.codes, packed.scales, (1,), 70) for row in rows]
+            assert torch.equal(together.nan_to_num(7), torch.cat(alone).nan_to_num(7))
+
+
+@needs_library
 def test_every_code_and_every_scale_is_decoded() -> None:
     """A unit vector reads one column of the weight, exactly, in every path."""
     codes = torch.arange(32) % 16
@@ -137,10 +156,10 @@ def test_tiled_bytes_go_back(experts: int, outputs: int, inputs: int) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 256, (experts, outputs, inputs // 2), dtype=torch.uint8, generator=generator)
     scales = torch.randint(0, 256, (experts, outputs, inputs // 32), dtype=torch.uint8, generator=generator)
-    tiles = -(-outputs // 16)
+    tiles = -(-outputs // 32)
     tiled_codes, tiled_scales = cpu.tiled(codes, scales)
-    assert tiled_codes.shape == (experts, tiles, inputs // 8, 16, 4)
-    assert tiled_scales.shape == (experts, tiles, inputs // 32, 16)
+    assert tiled_codes.shape == (experts, tiles, inputs // 8, 32, 4)
+    assert tiled_scales.shape == (experts, tiles, inputs // 32, 32)
     again = cpu.untiled(tiled_codes, tiled_scales, outputs)
     assert torch.equal(again[0], codes)
     assert torch.equal(again[1], scales)
@@ -154,9 +173,9 @@ def test_refuses_what_does_not_fit() -> None:
         ((x, packed.codes, packed.scales, (5,), 20), "one entry per expert"),
         ((x, packed.codes, packed.scales, (5, 1), 20), "sizes sum to 6, x has 5 rows"),
         ((x, packed.codes, packed.scales, (6, -1), 20), "not be negative"),
-        ((x, packed.codes, packed.scales, (5, 0), 33), "33 features do not fill 2 tiles"),
+        ((x, packed.codes, packed.scales, (5, 0), 33), "33 features do not fill 1 tiles"),
         ((x.double(), packed.codes, packed.scales, (5, 0), 20), "float32 or bfloat16"),
-        ((x, packed.codes, packed.scales[:, :1].contiguous(), (5, 0), 20), "do not belong"),
+        ((x, packed.codes, packed.scales[:, :, :1].contiguous(), (5, 0), 20), "do not belong"),
         ((x, packed.codes, packed.scales, (5, 0), 20, "avx9"), "path avx9 is not one"),
     ]
     for arguments, message in cases:

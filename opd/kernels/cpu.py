@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from opd.kernels.library import operators
 
-TILE = 16  # output features that lie side by side
+TILE = 32  # output features that lie side by side
 GROUP = 8  # inputs whose codes fill the 32 bits of a lane
 
 NEUTRAL_SCALE = 1  # of the features that fill up the last tile: finite in both formats
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 def tiled(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Published bytes, codes uint8 [E, N, K / 2] and scales uint8 [E, N, K / B], as the library reads them.
 
-    -> codes uint8 [E, tiles, K / 8, 16, 4], scales uint8 [E, tiles, K / B, 16], with N filled up to whole tiles.
+    -> codes uint8 [E, tiles, K / 8, 32, 4], scales uint8 [E, tiles, K / B, 32], with N filled up to whole tiles.
     """
     experts, features, half_inputs = codes.shape
     groups = half_inputs * 2 // GROUP

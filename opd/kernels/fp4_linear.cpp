@@ -1,14 +1,18 @@
 // Products with packed FP4 weights on the CPU: y[r, n] = sum over k of x[r, k] * W_e[n, k], rows sorted by expert e.
 //
-// The one idea: 16 output features lie side by side in the lanes of a vector, so that a weight is decoded by one table
+// The one idea: output features lie side by side in the lanes of vectors, so that a weight is decoded by one table
 // look-up, its activation is one broadcast, and nothing is ever summed across lanes. An element's products are added in
 // one fixed order, first within a block and then, times the block's scale, over blocks. Hence a row's result is the
 // same bits whatever rows, threads and experts it is computed with; it depends on the path only.
 //
-// Packed layout (made by opd/kernels/cpu.py). A tile is 16 output features; N is padded to whole tiles.
-//   codes  [E, tiles, K / 8, 16, 4]: for every 8 inputs, 4 bytes per feature. Nibble p of those 32 bits, from the
+// Few rows are bound by how fast codes come from memory: they are read once, in the order in which they lie, and asked
+// for well ahead. Many rows are bound by multiplying: the first rows that need a weight decode it, and leave it in the
+// innermost cache for the others.
+//
+// Packed layout (made by opd/kernels/cpu.py). A tile is 32 output features; N is padded to whole tiles.
+//   codes  [E, tiles, K / 8, 32, 4]: for every 8 inputs, 4 bytes per feature. Nibble p of those 32 bits, from the
 //          lowest, is input ORDER[p]: two 16-bit halves that, shifted alike, show two neighbouring inputs.
-//   scales [E, tiles, K / B, 16]: one byte per feature and block of B inputs. B = 32: 2 ** (byte - 127), 1..254.
+//   scales [E, tiles, K / B, 32]: one byte per feature and block of B inputs. B = 32: 2 ** (byte - 127), 1..254.
 //          B = 16: E4M3.
 //
 // Paths, of which the best that the processor has is taken: avx512_bf16 (bfloat16 activations are multiplied as they
@@ -22,6 +26,7 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -35,9 +40,10 @@
 
 namespace {
 
-constexpr int LANES = 16;        // features of a tile
-constexpr int GROUP = 8;         // inputs in the 32 bits of one lane
-constexpr int GROUP_BYTES = 64;  // of a tile
+constexpr int TILE = 32;          // features that lie side by side
+constexpr int LANES = 16;         // features of a vector
+constexpr int GROUP = 8;          // inputs in the 32 bits of one lane
+constexpr int GROUP_BYTES = 128;  // of a tile
 constexpr int ORDER[GROUP] = {0, 2, 4, 6, 1, 3, 5, 7};
 constexpr int64_t CHUNK_ROWS = 64;     // rows that share one pass over an expert's weights: their inputs fit in L2
 constexpr int64_t MIN_WORK = 1 << 20;  // products below which a second thread costs more than it saves
@@ -50,18 +56,34 @@ alignas(64) constexpr uint16_t E2M1_BF16[32] = {
     0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0, 0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040,
     0x4080, 0x40c0, 0x8000, 0xbf00, 0xbf80, 0xbfc0, 0xc000, 0xc040, 0xc080, 0xc0c0};
 
+// Those times 2 ** 125, but for the zeros: of these 16 bits (252 - scale byte) << 7 is taken to multiply by the scale.
+struct Folding {
+  alignas(64) uint16_t values[32] = {};
+  constexpr Folding() {
+    for (int i = 0; i < 32; ++i) values[i] = E2M1_BF16[i] & 0x7fff ? E2M1_BF16[i] + (125 << 7) : 0;
+  }
+};
+constexpr Folding FOLDING_TABLE;
+constexpr const uint16_t* FOLDING = FOLDING_TABLE.values;
+
 enum class Path { plain, avx2, avx512, avx512_bf16 };
 
-// One tile times NB rows: codes, scales, rows interleaved as [K][NB] (bfloat16: [K / 2][NB] pairs), blocks of K,
-// output [NB][16].
-using TileKernel = void (*)(const uint8_t*, const uint8_t*, const void*, int64_t, float*);
+// How a block's scale comes in: after the block's products have been added, or in the weights themselves. Since it is a
+// power of two that is the same bits, as long as nothing overflows or falls below the normal numbers (see `Window`).
+enum class Scales { apart, folded };
 
-// How far ahead of their use codes are asked for: memory's latency times a core's bandwidth. The processor's own
-// prefetcher stops at every page.
-constexpr int AHEAD = 4096;
+// Where weights come from: from codes, from codes and on into `kept`, or from `kept`, where the last call left them.
+enum class Source { codes, codes_to_keep, kept };
 
-// Independent sums that hide the latency of an addition: as many blocks at a time as a few rows leave room for.
-constexpr int unroll_of(int rows) { return rows <= 2 ? 4 : rows <= 4 ? 2 : 1; }
+// Adds to totals [rows][32] one tile times so many rows: codes, scales, `kept` (KEPT bytes, or unused), rows interleaved
+// as [K][rows] (bfloat16: [K / 2][rows] pairs), blocks of K.
+using TileKernel = void (*)(const uint8_t*, const uint8_t*, uint32_t*, const void*, int64_t, float*);
+
+// How far ahead of their use codes are asked for. A processor's own prefetcher begins anew at every page, and this
+// hides memory's latency on either side of it.
+constexpr int AHEAD = 16384;
+
+constexpr int KEPT = 16384;  // bytes of decoded weights: with the rows they meet, they fit in a first-level cache
 
 inline float float_of(uint32_t bits) {
   float value;
@@ -76,25 +98,25 @@ inline float scale_of(uint8_t byte) {
 }
 
 template <int NB, int GROUPS>
-void tile_plain(const uint8_t* codes, const uint8_t* scales, const void* x_, int64_t num_blocks, float* out) {
+void tile_plain(
+    const uint8_t* codes, const uint8_t* scales, uint32_t*, const void* x_, int64_t num_blocks, float* totals) {
   const float* x = static_cast<const float*>(x_);
-  std::fill(out, out + NB * LANES, 0.f);
   for (int64_t block = 0; block < num_blocks; ++block) {
-    float sum[NB][LANES] = {};
+    float sum[NB][TILE] = {};
     for (int group = 0; group < GROUPS; ++group, codes += GROUP_BYTES, x += GROUP * NB) {
       for (int p = 0; p < GROUP; ++p) {
-        float weight[LANES];
-        for (int lane = 0; lane < LANES; ++lane) weight[lane] = E2M1[codes[4 * lane + p / 2] >> (p % 2 * 4) & 15];
+        float weight[TILE];
+        for (int lane = 0; lane < TILE; ++lane) weight[lane] = E2M1[codes[4 * lane + p / 2] >> (p % 2 * 4) & 15];
         for (int n = 0; n < NB; ++n) {
-          for (int lane = 0; lane < LANES; ++lane) sum[n][lane] += weight[lane] * x[ORDER[p] * NB + n];
+          for (int lane = 0; lane < TILE; ++lane) sum[n][lane] += weight[lane] * x[ORDER[p] * NB + n];
         }
       }
     }
-    for (int lane = 0; lane < LANES; ++lane) {
+    for (int lane = 0; lane < TILE; ++lane) {
       const float scale = scale_of<GROUPS>(scales[lane]);
-      for (int n = 0; n < NB; ++n) out[n * LANES + lane] += sum[n][lane] * scale;
+      for (int n = 0; n < NB; ++n) totals[n * TILE + lane] += sum[n][lane] * scale;
     }
-    scales += LANES;
+    scales += TILE;
   }
 }
 
@@ -105,16 +127,17 @@ void tile_plain(const uint8_t* codes, const uint8_t* scales, const void* x_, int
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma")))
 
 template <int NB, int GROUPS>
-AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, const void* x_, int64_t num_blocks, float* out) {
+AVX2 void tile_avx2(
+    const uint8_t* codes, const uint8_t* scales, uint32_t*, const void* x_, int64_t num_blocks, float* totals) {
   const __m256 magnitudes = _mm256_loadu_ps(E2M1);
   const __m256i sign_bit = _mm256_set1_epi32(INT32_MIN);
-  for (int half = 0; half < LANES; half += 8) {
+  for (int half = 0; half < TILE; half += 8) {
     const float* x = static_cast<const float*>(x_);
     const uint8_t* code = codes + 4 * half;
     const uint8_t* scale_bytes = scales + half;
     __m256 total[NB];
-    for (int n = 0; n < NB; ++n) total[n] = _mm256_setzero_ps();
-    for (int64_t block = 0; block < num_blocks; ++block, scale_bytes += LANES) {
+    for (int n = 0; n < NB; ++n) total[n] = _mm256_loadu_ps(totals + n * TILE + half);
+    for (int64_t block = 0; block < num_blocks; ++block, scale_bytes += TILE) {
       __m256 sum[NB];
       for (int n = 0; n < NB; ++n) sum[n] = _mm256_setzero_ps();
       for (int group = 0; group < GROUPS; ++group, code += GROUP_BYTES, x += GROUP * NB) {
@@ -135,163 +158,62 @@ AVX2 void tile_avx2(const uint8_t* codes, const uint8_t* scales, const void* x_,
       if (GROUPS == 2) scale = _mm256_mul_ps(scale, _mm256_set1_ps(0x1p120f));
       for (int n = 0; n < NB; ++n) total[n] = _mm256_fmadd_ps(sum[n], scale, total[n]);
     }
-    for (int n = 0; n < NB; ++n) _mm256_storeu_ps(out + n * LANES + half, total[n]);
+    for (int n = 0; n < NB; ++n) _mm256_storeu_ps(totals + n * TILE + half, total[n]);
   }
 }
 
-// One or two rows take codes as fast as memory gives them: those go to L2, for what waits on its way to L1 takes up the
-// few slots that loads need too, and a third of the bandwidth with them. With more rows there is time, and L1 is nearer.
-template <int NB>
-constexpr _mm_hint PREFETCH = NB <= 2 ? _MM_HINT_T1 : _MM_HINT_T0;
+namespace avx512 {
+#define KERNEL AVX512
+#define PAIRS 0
+#include "fp4_avx512_kernels.h"
+#undef KERNEL
+#undef PAIRS
+}  // namespace avx512
 
-// The scales of a block of all 16 features.
-template <int GROUPS>
-AVX512 __attribute__((always_inline)) inline __m512 scales_avx512(const uint8_t* bytes) {
-  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes)));
-  if constexpr (GROUPS == 4) return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 23));
-  return _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(wide, 20)), _mm512_set1_ps(0x1p120f));
-}
-
-// UNROLL blocks of one tile, in steps that are independent of each other; the totals take them up in order.
-template <int NB, int UNROLL, int GROUPS>
-AVX512 __attribute__((always_inline)) inline void blocks_avx512(
-    const uint8_t* codes, const uint8_t* scales, const float* x, __m512 table, __m512* total) {
-  __m512 sum[UNROLL][NB];
-#pragma GCC unroll 4
-  for (int u = 0; u < UNROLL; ++u)
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; ++n) sum[u][n] = _mm512_setzero_ps();
-#pragma GCC unroll 4
-  for (int group = 0; group < GROUPS; ++group) {
-#pragma GCC unroll 4
-    for (int u = 0; u < UNROLL; ++u) {
-      const int at = u * GROUPS + group;
-      const __m512i raw = _mm512_loadu_si512(codes + at * GROUP_BYTES);
-      _mm_prefetch(reinterpret_cast<const char*>(codes + at * GROUP_BYTES + AHEAD), PREFETCH<NB>);
-#pragma GCC unroll 8
-      for (int p = 0; p < GROUP; ++p) {
-        const __m512 weight = _mm512_permutexvar_ps(_mm512_srli_epi32(raw, 4 * p), table);  // reads the low 4 bits
-#pragma GCC unroll 16
-        for (int n = 0; n < NB; ++n) {
-          sum[u][n] = _mm512_fmadd_ps(weight, _mm512_set1_ps(x[(at * GROUP + ORDER[p]) * NB + n]), sum[u][n]);
-        }
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int u = 0; u < UNROLL; ++u) {
-    const __m512 scale = scales_avx512<GROUPS>(scales + u * LANES);
-    if (u == 0) _mm_prefetch(reinterpret_cast<const char*>(scales + AHEAD / GROUP_BYTES / GROUPS * LANES), PREFETCH<NB>);
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; ++n) total[n] = _mm512_fmadd_ps(sum[u][n], scale, total[n]);
-  }
-}
-
-template <int NB, int GROUPS>
-AVX512 void tile_avx512(const uint8_t* codes, const uint8_t* scales, const void* x_, int64_t num_blocks, float* out) {
-  constexpr int UNROLL = unroll_of(NB), BYTES = GROUPS * GROUP_BYTES, INPUTS = GROUPS * GROUP;
-  const float* x = static_cast<const float*>(x_);
-  const __m512 table = _mm512_loadu_ps(E2M1);
-  __m512 total[NB];
-#pragma GCC unroll 16
-  for (int n = 0; n < NB; ++n) total[n] = _mm512_setzero_ps();
-  int64_t block = 0;
-  for (; block + UNROLL <= num_blocks; block += UNROLL) {
-    blocks_avx512<NB, UNROLL, GROUPS>(codes, scales, x, table, total);
-    codes += UNROLL * BYTES, scales += UNROLL * LANES, x += UNROLL * INPUTS * NB;
-  }
-  for (; block < num_blocks; ++block) {
-    blocks_avx512<NB, 1, GROUPS>(codes, scales, x, table, total);
-    codes += BYTES, scales += LANES, x += INPUTS * NB;
-  }
-#pragma GCC unroll 16
-  for (int n = 0; n < NB; ++n) _mm512_storeu_ps(out + n * LANES, total[n]);
-}
-
-template <int NB, int UNROLL, int GROUPS>
-AVX512_BF16 __attribute__((always_inline)) inline void blocks_avx512_bf16(
-    const uint8_t* codes, const uint8_t* scales, const uint32_t* x, __m512i table, __m512* total) {
-  __m512 sum[UNROLL][NB];
-#pragma GCC unroll 4
-  for (int u = 0; u < UNROLL; ++u)
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; ++n) sum[u][n] = _mm512_setzero_ps();
-#pragma GCC unroll 4
-  for (int group = 0; group < GROUPS; ++group) {
-#pragma GCC unroll 4
-    for (int u = 0; u < UNROLL; ++u) {
-      const int at = u * GROUPS + group;
-      const __m512i raw = _mm512_loadu_si512(codes + at * GROUP_BYTES);
-      _mm_prefetch(reinterpret_cast<const char*>(codes + at * GROUP_BYTES + AHEAD), PREFETCH<NB>);
-#pragma GCC unroll 4
-      for (int p = 0; p < GROUP / 2; ++p) {
-        __m512i index = _mm512_srli_epi16(raw, 4 * p);
-        if constexpr (NB == 1) {
-          // Here decoding is what takes the time, and loading from one byte on is a shift by 8 that shares no unit with
-          // it. The last byte is masked, for it may be beyond the tensor; no index needs it.
-          if (p >= 2) index = _mm512_maskz_loadu_epi8(~(1ULL << 63), codes + at * GROUP_BYTES + 1);
-          if (p == 3) index = _mm512_srli_epi16(index, 4);
-        }
-        const __m512i weight = _mm512_permutexvar_epi16(index, table);
-#pragma GCC unroll 16
-        for (int n = 0; n < NB; ++n) {
-          const __m512i pair = _mm512_set1_epi32(x[(at * (GROUP / 2) + p) * NB + n]);
-          sum[u][n] = _mm512_dpbf16_ps(sum[u][n], (__m512bh)weight, (__m512bh)pair);
-        }
-      }
-    }
-  }
-#pragma GCC unroll 4
-  for (int u = 0; u < UNROLL; ++u) {
-    const __m512 scale = scales_avx512<GROUPS>(scales + u * LANES);
-    if (u == 0) _mm_prefetch(reinterpret_cast<const char*>(scales + AHEAD / GROUP_BYTES / GROUPS * LANES), PREFETCH<NB>);
-#pragma GCC unroll 16
-    for (int n = 0; n < NB; ++n) total[n] = _mm512_fmadd_ps(sum[u][n], scale, total[n]);
-  }
-}
-
-template <int NB, int GROUPS>
-AVX512_BF16 void tile_avx512_bf16(
-    const uint8_t* codes, const uint8_t* scales, const void* x_, int64_t num_blocks, float* out) {
-  constexpr int UNROLL = unroll_of(NB), BYTES = GROUPS * GROUP_BYTES, PAIRS = GROUPS * GROUP / 2;
-  const uint32_t* x = static_cast<const uint32_t*>(x_);
-  const __m512i table = _mm512_load_si512(E2M1_BF16);
-  __m512 total[NB];
-#pragma GCC unroll 16
-  for (int n = 0; n < NB; ++n) total[n] = _mm512_setzero_ps();
-  int64_t block = 0;
-  for (; block + UNROLL <= num_blocks; block += UNROLL) {
-    blocks_avx512_bf16<NB, UNROLL, GROUPS>(codes, scales, x, table, total);
-    codes += UNROLL * BYTES, scales += UNROLL * LANES, x += UNROLL * PAIRS * NB;
-  }
-  for (; block < num_blocks; ++block) {
-    blocks_avx512_bf16<NB, 1, GROUPS>(codes, scales, x, table, total);
-    codes += BYTES, scales += LANES, x += PAIRS * NB;
-  }
-#pragma GCC unroll 16
-  for (int n = 0; n < NB; ++n) _mm512_storeu_ps(out + n * LANES, total[n]);
-}
+namespace avx512_bf16 {
+#define KERNEL AVX512_BF16
+#define PAIRS 1
+#include "fp4_avx512_kernels.h"
+#undef KERNEL
+#undef PAIRS
+}  // namespace avx512_bf16
 
 #endif  // OPD_X86
 
-constexpr int MAX_ROWS = 16;  // of a tile's product, on any path
+constexpr int MAX_ROWS = 8;  // that a kernel takes, on any path
 
+using ByRows = std::array<TileKernel, MAX_ROWS>;  // [rows - 1]
+
+// The kernels of one path.
 struct Kernels {
   int max_rows;
-  TileKernel by_rows[2][MAX_ROWS];  // [B == 16][rows - 1]
+  int kept_bytes;          // of a group's decoded weights; 0: every call reads codes
+  ByRows by_rows[3][3];    // [scales: apart with B = 32, apart with B = 16, folded with B = 32][source]
 };
 
-#define OPD_TABLE(NAME, COUNT)                                                                     \
-  []<int... I>(std::integer_sequence<int, I...>) {                                                 \
-    return Kernels{COUNT, {{NAME<I + 1, 4>...}, {NAME<I + 1, 2>...}}};                             \
+#define OPD_ROWS(COUNT, ...)                       \
+  []<int... I>(std::integer_sequence<int, I...>) { \
+    return ByRows{__VA_ARGS__...};                 \
   }(std::make_integer_sequence<int, COUNT>())
 
+#define OPD_SOURCES(NAMESPACE, GROUPS, SCALES)                                    \
+  {OPD_ROWS(MAX_ROWS, NAMESPACE::tile<I + 1, GROUPS, SCALES, Source::codes>),     \
+   OPD_ROWS(MAX_ROWS, NAMESPACE::tile<I + 1, GROUPS, SCALES, Source::codes_to_keep>), \
+   OPD_ROWS(MAX_ROWS, NAMESPACE::tile<I + 1, GROUPS, SCALES, Source::kept>)}
+
 const Kernels& kernels_of(Path path) {
-  static const Kernels plain = OPD_TABLE(tile_plain, 4);
+  static const Kernels plain = {4, 0, {{OPD_ROWS(4, tile_plain<I + 1, 4>)}, {OPD_ROWS(4, tile_plain<I + 1, 2>)}}};
 #ifdef OPD_X86
-  static const Kernels avx2 = OPD_TABLE(tile_avx2, 6);
-  static const Kernels avx512 = OPD_TABLE(tile_avx512, 16);
-  static const Kernels avx512_bf16 = OPD_TABLE(tile_avx512_bf16, 16);
+  static const Kernels avx2 = {6, 0, {{OPD_ROWS(6, tile_avx2<I + 1, 4>)}, {OPD_ROWS(6, tile_avx2<I + 1, 2>)}}};
+  static const Kernels avx512 = {
+      MAX_ROWS,
+      GROUP * TILE * 4,
+      {OPD_SOURCES(avx512, 4, Scales::apart), OPD_SOURCES(avx512, 2, Scales::apart)}};
+  static const Kernels avx512_bf16 = {
+      MAX_ROWS,
+      GROUP * TILE * 2,
+      {OPD_SOURCES(avx512_bf16, 4, Scales::apart), OPD_SOURCES(avx512_bf16, 2, Scales::apart),
+       OPD_SOURCES(avx512_bf16, 4, Scales::folded)}};
   switch (path) {
     case Path::avx2: return avx2;
     case Path::avx512: return avx512;
@@ -331,18 +253,76 @@ Path path_named(const std::string& name) {
   TORCH_CHECK_VALUE(false, "path ", name, " is not one that this processor has");
 }
 
-// Rows of one expert that share a pass over its weights, cut into near-equal groups for the tile kernels.
+// Scale bytes that may be folded into the weights which a number of bfloat16 activations are multiplied by, the bits of
+// the result being the same: no product or sum overflows or falls below the normal numbers, folded or not.
+struct Window {
+  int lowest = 256, highest = -1;  // none
+
+  bool holds(const uint8_t* bytes, int64_t count) const {
+    uint8_t least = 255, most = 0;
+    for (int64_t i = 0; i < count; ++i) least = std::min(least, bytes[i]), most = std::max(most, bytes[i]);
+    return least >= lowest && most <= highest;
+  }
+};
+
+inline void narrow(const float* from, int64_t count, c10::BFloat16* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+}
+
+#ifdef OPD_X86
+AVX512 Window window_of(const uint16_t* x, int64_t count) {
+  constexpr int FIELD = 0x7f80;
+  int16_t most = 0, most_below = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const int16_t field = x[i] & FIELD, below = field ? FIELD - field : 0;
+    most = std::max(most, field), most_below = std::max(most_below, below);
+  }
+  // 2 ** smallest <= |x| < 2 ** (largest + 1), zero apart. A sum of a block's products is a multiple of
+  // 2 ** (smallest - 8), for x has 8 bits and a weight is a multiple of 1/2, and below 32 * 6 * 2 ** (largest + 1).
+  const int smallest = ((FIELD - most_below) >> 7) - 127, largest = (most >> 7) - 127;
+  if (smallest - 8 < -126 || largest + 9 > 127) return {};
+  return {std::max(2, 127 - 126 + 8 - smallest), std::min(252, 127 + 127 - 9 - largest)};
+}
+
+
+AVX512 void narrow_avx512(const float* from, int64_t count, c10::BFloat16* to) { narrow(from, count, to); }
+#endif
+
+// Rows of one expert that share a pass over its weights, cut into near-equal groups for the kernels.
 struct Chunk {
   int64_t expert, first_row, rows, groups;
-  int64_t first_item;  // of the work items, which are (chunk, tile, group), group fastest
+  int64_t first_item;  // of the work items, which are (chunk, tile), tile fastest
+  Window window = {};
 
   int64_t group_begin(int64_t group) const { return first_row + rows * group / groups; }
 };
 
 template <typename From, typename To>
 void interleave(const From* x, int64_t width, int64_t rows, To* out) {
-  for (int64_t row = 0; row < rows; ++row) {
-    for (int64_t k = 0; k < width; ++k) out[k * rows + row] = static_cast<To>(x[row * width + k]);
+  for (int64_t k = 0; k < width; ++k) {
+    for (int64_t row = 0; row < rows; ++row) *out++ = static_cast<To>(x[row * width + k]);
+  }
+}
+
+// totals [rows][32] of a chunk's rows and one tile of its expert. `inputs` are the interleaved rows of all chunks.
+void multiply(const Kernels& kernels, const Chunk& chunk, const uint8_t* codes, const uint8_t* scales,
+              const char* inputs, int64_t row_bytes, int64_t num_blocks, int block_groups, float* totals) {
+  alignas(64) uint32_t kept[KEPT / 4];
+  std::fill(totals, totals + chunk.rows * TILE, 0.f);
+  const bool keeps = chunk.groups > 1 && kernels.kept_bytes > 0;
+  const int64_t pass = keeps ? KEPT / (kernels.kept_bytes * block_groups) : num_blocks;
+  for (int64_t block = 0; block < num_blocks; block += pass) {
+    const int64_t blocks = std::min(pass, num_blocks - block);
+    const uint8_t* block_scales = scales + block * TILE;
+    const int kind = block_groups == 2 ? 1 : keeps && chunk.window.holds(block_scales, blocks * TILE) ? 2 : 0;
+    for (int64_t group = 0; group < chunk.groups; ++group) {
+      const int64_t row = chunk.group_begin(group), rows = chunk.group_begin(group + 1) - row;
+      const Source source = !keeps ? Source::codes : group == 0 ? Source::codes_to_keep : Source::kept;
+      kernels.by_rows[kind][int(source)][rows - 1](
+          codes + block * block_groups * GROUP_BYTES, block_scales, kept,
+          inputs + row * row_bytes + row_bytes / num_blocks * block * rows, blocks,
+          totals + (row - chunk.first_row) * TILE);
+    }
   }
 }
 
@@ -359,12 +339,12 @@ at::Tensor fp4_linear(
   TORCH_CHECK_VALUE(codes.dim() == 5 && codes.is_contiguous() && codes.scalar_type() == at::kByte, "bad codes");
   TORCH_CHECK_VALUE(scales.dim() == 4 && scales.is_contiguous() && scales.scalar_type() == at::kByte, "bad scales");
   const int64_t num_rows = x.size(0), width = x.size(1), num_tiles = codes.size(1), num_blocks = scales.size(2);
-  TORCH_CHECK_VALUE(width > 0 && codes.size(2) * GROUP == width && codes.size(3) == LANES && codes.size(4) == 4,
+  TORCH_CHECK_VALUE(width > 0 && codes.size(2) * GROUP == width && codes.size(3) == TILE && codes.size(4) == 4,
                     "x has ", width, " inputs, the codes ", codes.size(2) * GROUP);
-  TORCH_CHECK_VALUE(scales.size(0) == codes.size(0) && scales.size(1) == num_tiles && scales.size(3) == LANES &&
+  TORCH_CHECK_VALUE(scales.size(0) == codes.size(0) && scales.size(1) == num_tiles && scales.size(3) == TILE &&
                         (num_blocks * 32 == width || num_blocks * 16 == width),
                     "scales do not belong to codes");
-  TORCH_CHECK_VALUE(num_features <= num_tiles * LANES && num_features > (num_tiles - 1) * LANES,
+  TORCH_CHECK_VALUE(num_features <= num_tiles * TILE && num_features > (num_tiles - 1) * TILE,
                     num_features, " features do not fill ", num_tiles, " tiles");
   TORCH_CHECK_VALUE(static_cast<int64_t>(sizes.size()) == codes.size(0), "sizes must have one entry per expert");
   int64_t counted = 0;
@@ -380,7 +360,7 @@ at::Tensor fp4_linear(
   if (path == Path::avx512_bf16 && !is_bf16) path = Path::avx512;
   const bool in_pairs = path == Path::avx512_bf16;
   const Kernels& kernels = kernels_of(path);
-  const auto& by_rows = kernels.by_rows[num_blocks * 16 == width];
+  const int block_groups = num_blocks * 16 == width ? 2 : 4;
 
   std::vector<Chunk> chunks;
   int64_t num_items = 0, first_row = 0;
@@ -389,7 +369,7 @@ at::Tensor fp4_linear(
       const int64_t rows = std::min(CHUNK_ROWS, sizes[expert] - done);
       const int64_t groups = (rows + kernels.max_rows - 1) / kernels.max_rows;
       chunks.push_back({static_cast<int64_t>(expert), first_row + done, rows, groups, num_items});
-      num_items += num_tiles * groups;
+      num_items += num_tiles;
     }
     first_row += sizes[expert];
   }
@@ -405,7 +385,13 @@ at::Tensor fp4_linear(
     inputs = out;
     at::parallel_for(0, chunks.size(), std::max<int64_t>(1, MIN_WORK / (64 * width)), [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
-        const Chunk& chunk = chunks[index];
+        Chunk& chunk = chunks[index];
+#ifdef OPD_X86
+        if (in_pairs && chunk.groups > 1) {
+          chunk.window = window_of(static_cast<const uint16_t*>(x.const_data_ptr()) + chunk.first_row * width,
+                                   chunk.rows * width);
+        }
+#endif
         for (int64_t group = 0; group < chunk.groups; ++group) {
           const int64_t row = chunk.group_begin(group), rows = chunk.group_begin(group + 1) - row;
           char* to = out + row * row_bytes;
@@ -426,28 +412,30 @@ at::Tensor fp4_linear(
 
   const uint8_t* code_bytes = codes.const_data_ptr<uint8_t>();
   const uint8_t* scale_bytes = scales.const_data_ptr<uint8_t>();
-  const int64_t code_stride = width / 2 * LANES, scale_stride = num_blocks * LANES;
+  const int64_t code_stride = width / 2 * TILE, scale_stride = num_blocks * TILE;
+  auto* narrow_best = &narrow;
+#ifdef OPD_X86
+  if (path == Path::avx512 || path == Path::avx512_bf16) narrow_best = &narrow_avx512;
+#endif
   float* y_float = is_bf16 ? nullptr : y.mutable_data_ptr<float>();
   c10::BFloat16* y_bf16 = is_bf16 ? y.mutable_data_ptr<c10::BFloat16>() : nullptr;
-  const int64_t grain = std::max<int64_t>(1, MIN_WORK / (width * LANES * std::min<int64_t>(num_rows, 8)));
+  const int64_t grain = std::max<int64_t>(1, MIN_WORK / (width * TILE * std::min<int64_t>(num_rows, 8)));
   at::parallel_for(0, num_items, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) float out[MAX_ROWS * LANES];
+    alignas(64) float totals[CHUNK_ROWS * TILE];
     auto chunk = std::upper_bound(chunks.begin(), chunks.end(), begin,
                                   [](int64_t item, const Chunk& c) { return item < c.first_item; }) - 1;
     for (int64_t item = begin; item < end; ++item) {
-      while (item >= chunk->first_item + num_tiles * chunk->groups) ++chunk;
-      const int64_t tile = (item - chunk->first_item) / chunk->groups, group = (item - chunk->first_item) % chunk->groups;
-      const int64_t row = chunk->group_begin(group), rows = chunk->group_begin(group + 1) - row;
-      const int64_t at = chunk->expert * num_tiles + tile;
-      by_rows[rows - 1](code_bytes + at * code_stride, scale_bytes + at * scale_stride, inputs + row * row_bytes,
-                        num_blocks, out);
-      const int64_t first = tile * LANES, lanes = std::min<int64_t>(LANES, num_features - first);
-      for (int64_t n = 0; n < rows; ++n) {
-        const int64_t to = (row + n) * num_features + first;
+      while (item >= chunk->first_item + num_tiles) ++chunk;
+      const int64_t tile = item - chunk->first_item, at = chunk->expert * num_tiles + tile;
+      multiply(kernels, *chunk, code_bytes + at * code_stride, scale_bytes + at * scale_stride, inputs, row_bytes,
+               num_blocks, block_groups, totals);
+      const int64_t first = tile * TILE, lanes = std::min<int64_t>(TILE, num_features - first);
+      for (int64_t n = 0; n < chunk->rows; ++n) {
+        const int64_t to = (chunk->first_row + n) * num_features + first;
         if (is_bf16) {
-          for (int64_t lane = 0; lane < lanes; ++lane) y_bf16[to + lane] = out[n * LANES + lane];
+          narrow_best(totals + n * TILE, lanes, y_bf16 + to);
         } else {
-          std::memcpy(y_float + to, out + n * LANES, lanes * sizeof(float));
+          std::memcpy(y_float + to, totals + n * TILE, lanes * sizeof(float));
         }
       }
     }
