@@ -1,8 +1,8 @@
 """The actors of a stage: hired together, called together, and asked what they were doing when one dies or hangs.
 
 The one idea: whoever calls an actor goes through a `Watched` one, which knows its unanswered calls. So a death or a
-missed deadline is reported with what everybody was at, whoever was waiting for whom. A learner rank that lost a peer
-is not used again: it may still be a member of the group that the peer has left.
+missed deadline is reported with what everybody was at, whoever was waiting for whom. A process that was one of several
+ranks is not used again: it stays a member of their group, which a peer may leave by dying at any time.
 
 Left out: starting processes (`opd.actors`), and replacing single workers (`rollout.fleet`).
 """
@@ -223,11 +223,11 @@ class Crew:
         return next((learner.name for learner in self.learners if learner.name in asked), None)
 
     def dismiss(self, runtime: Runtime, *, failed: bool) -> None:
-        """Ends all actors. After a failure the ranks' processes do not serve again, other actors' do."""
+        """Ends all actors. Their processes may serve again, but for those of ranks that had peers, or that failed."""
         if self.fleet is not None:
             self.fleet.respawn = None  # its thread, if it has one, must not replace who is dismissed
-        for learner in self.learners:
-            if failed and isinstance(learner, Watched) and isinstance(learner.actor, RayActor):
+        for learner in self.learners if failed or len(self.learners) > 1 else []:
+            if isinstance(learner, Watched) and isinstance(learner.actor, RayActor):
                 learner.actor.reserves = True  # so that the runtime ends the process
         runtime.dismiss([watched.actor for watched in self.actors()])
         if self.hidden is not None:

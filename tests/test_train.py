@@ -542,8 +542,8 @@ def test_a_rank_that_hangs_when_another_one_fails_is_the_one_to_blame(monkeypatc
     assert crew.casualty(raised.value) == "learner rank 0"
 
 
-@pytest.mark.parametrize("failed", [True, False])
-def test_ranks_of_a_failed_crew_are_not_used_again(failed: bool) -> None:
+@pytest.mark.parametrize(("num_ranks", "failed"), [(1, False), (1, True), (2, False), (2, True)])
+def test_ranks_that_failed_or_had_peers_are_not_used_again(num_ranks: int, failed: bool) -> None:
     ended: list[tuple[str, bool]] = []
 
     class Dismissing(LocalRuntime):
@@ -553,10 +553,10 @@ def test_ranks_of_a_failed_crew_are_not_used_again(failed: bool) -> None:
         def dismiss(self, actors: list[Any]) -> None:
             ended.extend((actor.name, actor.reserves) for actor in actors)
 
-    actors = [RayActor(name, None, None, False) for name in ("learner rank 0", "teacher host 0")]
-    crew = Crew(runtime=RuntimeConfig(), learners=[Watched(actors[0])], hosts=[Watched(actors[1])])
+    *ranks, host = [RayActor(name, None, None, False) for name in (*(["learner rank"] * num_ranks), "teacher host 0")]
+    crew = Crew(runtime=RuntimeConfig(), learners=[Watched(rank) for rank in ranks], hosts=[Watched(host)])
     crew.dismiss(Dismissing(), failed=failed)
-    assert ended == [("learner rank 0", failed), ("teacher host 0", False)]
+    assert ended == [("learner rank", failed or num_ranks > 1)] * num_ranks + [("teacher host 0", False)]
 
 
 # --- deaths and hangs, for real ---------------------------------------------------------------------------------------
@@ -640,6 +640,31 @@ def test_a_dead_rank_of_two(world: World, ray_cluster: Runtime, tmp_path: Path) 
     (finding,) = findings(folder, restarts=True)
     assert finding["subject"] == "learner rank 1" and finding["step"] == 2
     assert "learner rank 0: " in finding["message"]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_between_two_stages_is_not_missed(
+    rank: int, world: World, ray_cluster: Runtime, tmp_path: Path
+) -> None:
+    config = world.config_of(steps=2)
+    config.learner = dataclasses.replace(config.learner, num_ranks=2)
+    dismiss = ray_cluster.dismiss
+    with pytest.MonkeyPatch.context() as patch:
+        assassin = Assassin(patch, ray_cluster)
+
+        def dismissing(actors: list[Any]) -> None:
+            assassin.strike(f"learner rank {rank}", signal.SIGKILL)
+            dismiss(actors)
+
+        patch.setattr(ray_cluster, "dismiss", dismissing)
+        first = world.train(tmp_path / "first" / "sft", "sft", ray_cluster, config)
+    started = time.monotonic()
+    second = world.train(tmp_path / "second" / "sft", "sft", ray_cluster, config)
+    same(second, first)
+    assert findings(second, restarts=True) == []
+    assert time.monotonic() - started < opd.crew.GRACE_SECONDS
 
 
 @pytest.mark.ray
