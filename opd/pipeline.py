@@ -41,6 +41,7 @@ from opd.crew import pick_device
 from opd.data import Domain, domain_texts, load_domains
 from opd.evaluate import compare, write_summary
 from opd.health import check_recovery
+from opd.memory import give_back_freed_memory
 from opd.model import new_v4
 from opd.progress import check_start
 from opd.report import write_report
@@ -239,6 +240,7 @@ def _survey(config: Config) -> tuple[Chat, dict[str, Domain], list[str]]:
         _existing(teacher.path, teacher.revision, f"it is teachers.{name}.path")
     if difference := tokenizer_difference(chat, Chat.load(path, config.model.revision)):
         raise ConfigError(f"model.tokenizer and the tokenizer beside {path} differ: {difference}")
+    give_back_freed_memory()  # of the tokenizers that were compared
     domains = load_domains(config, chat)
     width = max(len(name) for name in routes)
     lines = ["routing:", f"  {'domain':<{width}}  train     held out  teacher (weight)"]

@@ -13,6 +13,7 @@ import torch
 
 from opd.config import ModelConfig, RolloutConfig, SamplingConfig
 from opd.fp4 import pack_weights
+from opd.losses import token_logprobs
 from opd.model import DeepseekV4, load_model
 from opd.types import Store, Trajectory, WeightSnapshot
 from opd.weights import apply_snapshot, snapshot_of
@@ -121,6 +122,5 @@ class RolloutWorker:
             token_ids[row, : len(prompt)] = torch.tensor(list(prompt))
         rows, columns = (torch.arange(token_ids.shape[1] - 1) < lengths[:, None] - 1).nonzero(as_tuple=True)
         hidden = self.policy(token_ids.to(self.device), lengths.to(self.device)).hidden[rows, columns]
-        logits = torch.nn.functional.linear(hidden.float(), self.policy.head.float())
         targets = token_ids[rows, columns + 1].to(self.device)
-        return torch.log_softmax(logits, -1).gather(1, targets[:, None])[:, 0].cpu().numpy()
+        return token_logprobs(hidden, self.policy.head, targets)[0].cpu().numpy()

@@ -261,8 +261,10 @@ class TeacherHost:
         config = self._config(teacher)
         checkpoint = checkpoint_of(config)
         if checkpoint not in self._heads:
-            weight = self._cut(self._turn(teacher).head).detach().float().cpu().clone()
-            if not torch.isfinite(weight).all():
+            weight = self._cut(self._turn(teacher).head).detach().float().cpu()
+            if weight.untyped_storage().nbytes() > weight.nbytes:  # what was cut off would travel with it
+                weight = weight.clone()
+            if not torch.isfinite(torch.stack(weight.aminmax())).all():  # in one pass, without copies
                 raise ValueError(f"teacher {teacher!r} ({config.path}) has an output head that is not finite")
             if self._vocab_size is not None and len(weight) < self._vocab_size:
                 raise ValueError(

@@ -162,20 +162,20 @@ def peak_memory(call: Callable[[], object], prepare: Callable[[], object] | None
 
 def _weigh(call: Callable[[], object], prepare: Callable[[], object] | None, sender: Connection) -> None:
     kept = prepare() if prepare is not None else None
-    _reset_high_water_mark()
+    reset_high_water_mark()
     before = psutil.Process().memory_info().rss
     call()
-    sender.send(max(0, _high_water_mark() - before))
+    sender.send(max(0, high_water_mark() - before))
     del kept
 
 
-def _high_water_mark() -> int:
+def high_water_mark() -> int:
     """Highest resident size of this process since the last reset, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) * 1024
 
 
-def _reset_high_water_mark() -> None:
+def reset_high_water_mark() -> None:
     """Starts VmHWM again at the present size. Where the kernel forbids it, growth includes what start-up peaked at."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
