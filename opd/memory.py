@@ -3,8 +3,8 @@
 glibc gives large blocks, and the free end of its heap, back to the system at once. A training step takes the same
 gigabytes again, and gets them page by page, each cleared first: with long sequences that is a quarter of the step.
 
-A tokenizer of a hundred thousand entries is a million small blocks. When it has gone, its share of the heap lies between
-others' blocks, and glibc does not give it back by itself.
+A tokenizer of a hundred thousand entries is a million small blocks. When it has gone, its part of the heap lies between
+others', and glibc does not give it back by itself.
 
 Left out: processes that should shrink when they have let go of something (rollout workers, hosts of teachers).
 """
