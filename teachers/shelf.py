@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from opd.config import ConfigError, ModelConfig, TeacherConfig
+from opd.memory import give_back_freed_memory
 from opd.model import CausalLM, load_model
 from opd.stored import STORED_DTYPES, FileMarks, file_marks, read_whole, same_files, stored_shapes, stored_tensors
 from opd.weights import named_weights, resolve_checkpoint
@@ -104,6 +105,7 @@ class Shelf:
         """
         if self._present is None or self._present[0] != checkpoint:
             self._clear_present()
+            give_back_freed_memory()  # with what the last one's work took: the next one's is another size
             entries = self._entries(checkpoint)
             shell = self._known[checkpoint].shell
             shell.install(self._on_device(checkpoint, entries))
@@ -115,12 +117,13 @@ class Shelf:
         """Lets go of all weights but those that were asked to stay, and of what was read ahead."""
         self._clear_present()
         self._drop_ahead()
+        give_back_freed_memory()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     def close(self) -> None:
-        self.release()
         self._kept.clear()
+        self.release()
         if self._reader is not None:
             self._reader.shutdown()
             self._reader = None

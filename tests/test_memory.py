@@ -1,4 +1,4 @@
-"""Freed memory is taken again without the system's help."""
+"""Freed memory is taken again without the system's help, or given back to it, as the process's work asks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+HOLES = """
+import sys
+from pathlib import Path
+from opd import memory
+
+def resident():
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) * 1024
+
+if sys.argv[1] == "keep":
+    assert memory.keep_freed_memory()
+blocks = [bytes(20000) for _ in range(5000)]  # of the heap; the last one holds the others up
+last = blocks.pop()
+before = resident()
+del blocks
+assert resident() > before - (20 << 20)
+assert memory.give_back_freed_memory() is (sys.argv[1] != "keep")
+print(before - resident())
+"""
+
+
 def page_faults(what: str) -> int:
     done = subprocess.run([sys.executable, "-c", FAULTS, what], capture_output=True, text=True, check=True)
     return int(done.stdout)
@@ -33,28 +54,14 @@ def test_blocks_of_any_size_are_kept() -> None:
     assert page_faults("keep") < 1000 < page_faults("leave")  # 128 MiB are 32768 pages
 
 
-SMALL_BLOCKS = """
-import psutil
-from opd.memory import give_back_freed_memory
-def resident(): return psutil.Process().memory_info().rss >> 20
-before = resident()
-blocks = [bytes(600) for _ in range(200_000)]  # too large for Python's own pools
-last = bytes(600)  # above them on the heap, and stays
-del blocks
-held = resident() - before
-give_back_freed_memory()
-print(held, resident() - before)
-"""
-
-
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "gnu_get_libc_version"), reason="not glibc")
-def test_freed_small_blocks_are_given_back() -> None:
-    done = subprocess.run([sys.executable, "-c", SMALL_BLOCKS], capture_output=True, text=True, check=True)
-    held, after = map(int, done.stdout.split())
-    assert after < 20 < 100 < held  # MiB
+@pytest.mark.parametrize("what", ["keep", "leave"])
+def test_holes_between_blocks_are_given_back_unless_they_are_kept(what: str) -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES, what], capture_output=True, text=True, check=True)
+    given_back = int(done.stdout)
+    assert given_back > 80 << 20 if what == "leave" else given_back < 20 << 20
 
 
 def test_without_glibc_nothing_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory.ctypes, "CDLL", lambda _: object())
-    assert not memory.keep_freed_memory()
-    memory.give_back_freed_memory()
+    assert not memory.keep_freed_memory() and not memory.give_back_freed_memory()
