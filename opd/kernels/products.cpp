@@ -23,6 +23,7 @@ namespace {
 constexpr int64_t DEPTH = 512;              // of the inner dimension, summed in registers
 constexpr int64_t ROW_STRIDE = DEPTH + 16;  // of packed rows
 constexpr int64_t WIDTH = 256;              // columns packed at once
+constexpr int64_t FEW_PANELS = 24;          // of rows, up to which columns that lie side by side are not packed
 constexpr int64_t VERY_FEW = 4;             // rows, up to which nothing is packed
 constexpr int64_t FEW = 32;                 // rows, up to which they are the packed columns
 constexpr int64_t ALONE = 1 << 21;          // multiplications below which a second thread costs more than it saves

@@ -95,7 +95,7 @@ KERNEL static void pack_rows(
 // One tile: each sum runs over `inner` in order, in one register, whatever the tile's place in the product.
 template <int VECTORS, bool BY_ROWS>
 KERNEL static inline void tile(
-    const float* a, const float* b, int64_t inner, float* c, int64_t c_row, int64_t c_column, int64_t rows,
+    const float* a, const float* b, int64_t b_row, int64_t inner, float* c, int64_t c_row, int64_t c_column, int64_t rows,
     int64_t columns, bool add) {
   constexpr int ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
   Floats sums[ROWS][VECTORS];
@@ -107,7 +107,7 @@ KERNEL static inline void tile(
   for (int64_t p = 0; p < inner; ++p) {
     Floats from_b[VECTORS];
 #pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; ++v) from_b[v] = load(b + p * SPAN + v * LANES);
+    for (int v = 0; v < VECTORS; ++v) from_b[v] = load(b + p * b_row + v * LANES);
 #pragma GCC unroll 24
     for (int i = 0; i < ROWS; ++i) {
       const float from_a = BY_ROWS ? a[i * ROW_STRIDE + p] : a[p * ROWS + i];
@@ -149,12 +149,15 @@ KERNEL static inline void tile(
   }
 }
 
+// Row panels first .. last - 1 times some columns of b, which are packed or, with `b_row` elements from one row to the
+// next, lie as they are given.
 template <int VECTORS, bool BY_ROWS>
 KERNEL static void multiply_rows(
-    const Product& product, const float* packed, int64_t inner_start, int64_t inner, int64_t column_start,
+    const Product& product, const float* b, int64_t b_row, int64_t inner_start, int64_t inner, int64_t column_start,
     int64_t columns, bool add, int64_t first, int64_t last) {
   constexpr int64_t ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
   alignas(64) float own[ROWS * ROW_STRIDE];
+  const int64_t panel_size = b_row == SPAN ? SPAN * inner : SPAN;
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t start = panel * ROWS, rows = std::min(ROWS, product.rows - start);
     pack_rows<ROWS>(
@@ -163,18 +166,61 @@ KERNEL static void multiply_rows(
     float* c = product.c + start * product.c_row + column_start * product.c_column;
     for (int64_t column = 0; column < columns; column += SPAN) {
       tile<VECTORS, BY_ROWS>(
-          own, packed + column * inner, inner, c + column * product.c_column, product.c_row, product.c_column, rows,
-          std::min(SPAN, columns - column), add);
+          own, b + column / SPAN * panel_size, b_row, inner, c + column * product.c_column, product.c_row,
+          product.c_column, rows, std::min(SPAN, columns - column), add);
     }
+  }
+}
+
+template <int VECTORS>
+static void multiply_rows(
+    const Product& product, const float* b, int64_t b_row, int64_t inner_start, int64_t inner, int64_t column_start,
+    int64_t columns, bool add, int64_t first, int64_t last) {
+  if (product.a_column == 1) {
+    multiply_rows<VECTORS, true>(product, b, b_row, inner_start, inner, column_start, columns, add, first, last);
+  } else {
+    multiply_rows<VECTORS, false>(product, b, b_row, inner_start, inner, column_start, columns, add, first, last);
+  }
+}
+
+// Few row panels: b's columns would be packed to be read a few times only. Whole spans of them are read where they lie,
+// the rest is packed; every thread has row panels of its own and waits for nobody.
+template <int VECTORS>
+static void multiply_as_it_lies(const Product& product, bool alone) {
+  constexpr int64_t ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
+  const int64_t whole = product.columns / SPAN * SPAN, rest = product.columns - whole;
+  const auto work = [&](int64_t first, int64_t last) {
+    thread_local std::vector<float> room;
+    room.resize(SPAN * DEPTH + LANES);
+    float* packed = aligned(room.data());
+    for (int64_t start = 0; start < product.inner; start += DEPTH) {
+      const int64_t inner = std::min<int64_t>(DEPTH, product.inner - start);
+      const bool add = product.add || start > 0;
+      const float* b = product.b + start * product.b_row;
+      multiply_rows<VECTORS>(product, b, product.b_row, start, inner, 0, whole, add, first, last);
+      if (!rest) continue;
+      pack_columns<VECTORS>(b + whole, product.b_row, 1, inner, 0, 1, rest, packed);
+      multiply_rows<VECTORS>(product, packed, SPAN, start, inner, whole, rest, add, first, last);
+    }
+  };
+  const int64_t panels = (product.rows + ROWS - 1) / ROWS;
+  if (alone) {
+    work(0, panels);
+  } else {
+    at::parallel_for(0, panels, 1, work);
   }
 }
 
 template <int VECTORS>
 static void multiply_with(const Product& product, bool alone) {
   constexpr int64_t ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
-  const int64_t width = std::max<int64_t>(SPAN, WIDTH / SPAN * SPAN);
   const int64_t panels = (product.rows + ROWS - 1) / ROWS;
-  const bool by_rows = product.a_column == 1;
+  // Rows of b that are SPAN apart could be taken for packed ones; they are read all the same, but as one span.
+  if (product.b_column == 1 && panels <= FEW_PANELS && (product.b_row != SPAN || product.columns <= SPAN)) {
+    multiply_as_it_lies<VECTORS>(product, alone);
+    return;
+  }
+  const int64_t width = std::max<int64_t>(SPAN, WIDTH / SPAN * SPAN);
   thread_local std::vector<float> room;
   for (int64_t column = 0; column < product.columns; column += width) {
     const int64_t columns = std::min(width, product.columns - column);
@@ -190,11 +236,7 @@ static void multiply_with(const Product& product, bool alone) {
             first, last, columns, packed);
       };
       const auto multiply = [&](int64_t first, int64_t last) {
-        if (by_rows) {
-          multiply_rows<VECTORS, true>(product, packed, start, inner, column, columns, add, first, last);
-        } else {
-          multiply_rows<VECTORS, false>(product, packed, start, inner, column, columns, add, first, last);
-        }
+        multiply_rows<VECTORS>(product, packed, SPAN, start, inner, column, columns, add, first, last);
       };
       if (alone) {
         pack(0, spans);

@@ -38,6 +38,7 @@ from opd.__main__ import compose
 from opd.config import ConfigError, ModelConfig
 from opd.cost import cache_bytes
 from opd.fp4 import pack_weights
+from opd.losses import token_logprobs
 from opd.memory import keep_freed_memory
 from opd.model import DeepseekV4, new_v4
 from opd.model.cache import Cache, Layout
@@ -144,17 +145,18 @@ def twin(student: DeepseekV4, experts: str) -> nn.Module:
 
 
 def train_step(network: nn.Module, tokens: Tensor) -> None:
-    """Forward and backward of the next-token loss of int64 [B, T]; gradients are dropped at the end."""
+    """Forward and backward of the next-token loss of int64 [B, T], each network with the loss that it is trained with:
+    the learner's, from hidden states, or cross-entropy of logits. Gradients are dropped at the end."""
+    targets = tokens[:, 1:].flatten()
     match network:
         case DeepseekV4():
             lengths = torch.full((len(tokens),), tokens.shape[1], device=tokens.device)
-            hidden, head = network(tokens, lengths).hidden, network.head
+            hidden = network(tokens, lengths).hidden[:, :-1].flatten(0, 1)
+            loss = -token_logprobs(hidden, network.head, targets)[0].mean()
         case _:
-            theirs = cast(Any, network)
-            hidden = theirs.model(input_ids=tokens, use_cache=False).last_hidden_state
-            head = theirs.lm_head.weight
-    logits = F.linear(hidden[:, :-1].flatten(0, 1), head)
-    F.cross_entropy(logits, tokens[:, 1:].flatten()).backward()
+            logits = cast(Any, network)(input_ids=tokens, use_cache=False).logits[:, :-1]
+            loss = F.cross_entropy(logits.flatten(0, 1), targets)
+    loss.backward()
     network.zero_grad()
 
 
