@@ -4,28 +4,6 @@
 // Channels lie in lanes. Keys are taken in groups of as many as there are lanes, so that their dot products are summed
 // across lanes together. A query's result does not depend on what else is computed, nor on where its keys lie.
 
-// Lane i of the result is the sum of the lanes of v[i].
-template <typename T>
-KERNEL static inline typename Lanes<T>::V totals(typename Lanes<T>::V* v) {
-  using V = typename Lanes<T>::V;
-  using I = typename Lanes<T>::I;
-  constexpr int count = Lanes<T>::count;
-#pragma GCC unroll 8
-  for (int half = 1; half < count; half *= 2) {
-    I first, second;
-    for (int lane = 0; lane < count; ++lane) {
-      first[lane] = lane & half ? count + (lane ^ half) : lane;
-      second[lane] = lane & half ? count + lane : lane ^ half;
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < count; i += 2 * half) {
-      const V a = v[i], b = v[i + half];
-      v[i] = __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
-    }
-  }
-  return v[0];
-}
-
 // products[h, s] = rows[h] . keys[s] for `heads` rows and `size` keys; the last dimension is padded to whole vectors.
 template <typename T>
 KERNEL static void products(const T* rows, int64_t heads, int64_t width, const T* const* keys, int64_t size,

@@ -125,8 +125,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> collapse(
     using T = decltype(zero);
     const T* from = fn.const_data_ptr<T>();
     T* to = fn_t.mutable_data_ptr<T>();
-    for (int64_t row = 0; row < rows; ++row) {
-      for (int64_t i = 0; i < n * width; ++i) to[i * padded + row] = from[row * n * width + i];
+    for (int64_t i = 0; i < n * width; ++i) {
+      for (int64_t row = 0; row < rows; ++row) to[i * padded + row] = from[row * n * width + i];
     }
     const CollapseArguments<T> a{streams.const_data_ptr<T>(), to, base.const_data_ptr<T>(), scale.const_data_ptr<T>(),
                                  collapsed.mutable_data_ptr<T>(), post.mutable_data_ptr<T>(),

@@ -308,9 +308,13 @@ KERNEL static void expand_backward(const ExpandGradients<T>& a, int64_t begin, i
         for (int k = 0; k < n; ++k) of_residual[j * n + k] += in * given[k];
       }
     }
-    T post_sum[n], residual_sum[n * n];
-    for (int k = 0; k < n; ++k) post_sum[k] = total<T>(of_post[k]);
-    for (int i = 0; i < n * n; ++i) residual_sum[i] = total<T>(of_residual[i]);
+    // All sums across lanes together.
+    constexpr int sums = (n + n * n + count - 1) / count * count;
+    V parts[sums];
+    alignas(64) T across[sums];
+    for (int i = 0; i < sums; ++i) parts[i] = i < n ? of_post[i] : i < n + n * n ? of_residual[i - n] : V{};
+    for (int i = 0; i < sums; i += count) store(across + i, totals<T>(parts + i));
+    T *post_sum = across, *residual_sum = across + n;
     for (; d < D; ++d) {
       T sum = 0;
       for (int k = 0; k < n; ++k) {

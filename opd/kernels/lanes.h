@@ -59,3 +59,51 @@ KERNEL static inline T total(typename Lanes<T>::V v) {
   }
   return lanes[0];
 }
+
+// Lane i of the result is the sum of the lanes of v[i].
+template <typename T>
+KERNEL static inline typename Lanes<T>::V totals(typename Lanes<T>::V* v) {
+  using V = typename Lanes<T>::V;
+  using I = typename Lanes<T>::I;
+  constexpr int count = Lanes<T>::count;
+#pragma GCC unroll 8
+  for (int half = 1; half < count; half *= 2) {
+    I first, second;
+    for (int lane = 0; lane < count; ++lane) {
+      first[lane] = lane & half ? count + (lane ^ half) : lane;
+      second[lane] = lane & half ? count + lane : lane ^ half;
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < count; i += 2 * half) {
+      const V a = v[i], b = v[i + half];
+      v[i] = __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+    }
+  }
+  return v[0];
+}
+
+// As many floats of as many rows as there are lanes, turned: to[i][row] = from[row][i].
+KERNEL static inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
+  constexpr int LANES = Lanes<float>::count;
+  using Floats = Lanes<float>::V;
+  Floats rows[LANES], next[LANES];
+  Lanes<float>::I low{}, high{};
+  for (int lane = 0; lane < LANES; ++lane) {
+    low[lane] = lane / 2 + (lane % 2) * LANES;
+    high[lane] = low[lane] + LANES / 2;
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < LANES; ++row) rows[row] = load(from + row * stride);
+#pragma GCC unroll 4
+  for (int round = 1; round < LANES; round *= 2) {
+#pragma GCC unroll 8
+    for (int pair = 0; pair < LANES / 2; ++pair) {
+      next[2 * pair] = __builtin_shuffle(rows[pair], rows[pair + LANES / 2], low);
+      next[2 * pair + 1] = __builtin_shuffle(rows[pair], rows[pair + LANES / 2], high);
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < LANES; ++row) rows[row] = next[row];
+  }
+#pragma GCC unroll 16
+  for (int row = 0; row < LANES; ++row) store(to + row * to_stride, rows[row]);
+}

@@ -11,30 +11,6 @@ constexpr int tile_rows() {
   return TILE_ROWS * 2 / VECTORS;
 }
 
-// LANES rows of `from` become LANES columns of `to`: [row][inner] -> [inner][row].
-KERNEL static inline void transpose(const float* from, int64_t stride, float* to, int64_t to_stride) {
-  Floats rows[LANES], next[LANES];
-  Lanes<float>::I low{}, high{};
-  for (int lane = 0; lane < LANES; ++lane) {
-    low[lane] = lane / 2 + (lane % 2) * LANES;
-    high[lane] = low[lane] + LANES / 2;
-  }
-#pragma GCC unroll 16
-  for (int row = 0; row < LANES; ++row) rows[row] = load(from + row * stride);
-#pragma GCC unroll 4
-  for (int round = 1; round < LANES; round *= 2) {
-#pragma GCC unroll 8
-    for (int pair = 0; pair < LANES / 2; ++pair) {
-      next[2 * pair] = __builtin_shuffle(rows[pair], rows[pair + LANES / 2], low);
-      next[2 * pair + 1] = __builtin_shuffle(rows[pair], rows[pair + LANES / 2], high);
-    }
-#pragma GCC unroll 16
-    for (int row = 0; row < LANES; ++row) rows[row] = next[row];
-  }
-#pragma GCC unroll 16
-  for (int row = 0; row < LANES; ++row) store(to + row * to_stride, rows[row]);
-}
-
 // Columns of b, [inner, width], as panels [width / (VECTORS LANES)][inner][VECTORS LANES], filled up with zeros.
 template <int VECTORS>
 KERNEL static void pack_columns(
@@ -184,30 +160,33 @@ static void multiply_rows(
 }
 
 // Few row panels: b's columns would be packed to be read a few times only. Whole spans of them are read where they lie,
-// the rest is packed; every thread has row panels of its own and waits for nobody.
+// the rest is packed; every thread has panels, or spans, of its own and waits for nobody.
 template <int VECTORS>
 static void multiply_as_it_lies(const Product& product, bool alone) {
   constexpr int64_t ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
-  const int64_t whole = product.columns / SPAN * SPAN, rest = product.columns - whole;
-  const auto work = [&](int64_t first, int64_t last) {
+  const int64_t panels = (product.rows + ROWS - 1) / ROWS, spans = (product.columns + SPAN - 1) / SPAN;
+  const auto work = [&](int64_t first, int64_t last, int64_t first_span, int64_t last_span) {
     thread_local std::vector<float> room;
     room.resize(SPAN * DEPTH + LANES);
     float* packed = aligned(room.data());
+    const int64_t begin = first_span * SPAN, end = std::min(product.columns, last_span * SPAN);
+    const int64_t whole = (end - begin) / SPAN * SPAN, rest = end - begin - whole;
     for (int64_t start = 0; start < product.inner; start += DEPTH) {
       const int64_t inner = std::min<int64_t>(DEPTH, product.inner - start);
       const bool add = product.add || start > 0;
-      const float* b = product.b + start * product.b_row;
-      multiply_rows<VECTORS>(product, b, product.b_row, start, inner, 0, whole, add, first, last);
+      const float* b = product.b + start * product.b_row + begin;
+      multiply_rows<VECTORS>(product, b, product.b_row, start, inner, begin, whole, add, first, last);
       if (!rest) continue;
       pack_columns<VECTORS>(b + whole, product.b_row, 1, inner, 0, 1, rest, packed);
-      multiply_rows<VECTORS>(product, packed, SPAN, start, inner, whole, rest, add, first, last);
+      multiply_rows<VECTORS>(product, packed, SPAN, start, inner, begin + whole, rest, add, first, last);
     }
   };
-  const int64_t panels = (product.rows + ROWS - 1) / ROWS;
   if (alone) {
-    work(0, panels);
+    work(0, panels, 0, spans);
+  } else if (panels >= at::get_num_threads()) {
+    at::parallel_for(0, panels, 1, [&](int64_t first, int64_t last) { work(first, last, 0, spans); });
   } else {
-    at::parallel_for(0, panels, 1, work);
+    at::parallel_for(0, spans, 1, [&](int64_t first, int64_t last) { work(0, panels, first, last); });
   }
 }
 
@@ -313,7 +292,9 @@ static void multiply_few(const Product& product, bool alone) {
 }
 
 static void multiply(const Product& product, bool alone) {
-  if (product.columns <= LANES) {
+  // A panel of one vector's columns has twice the rows: it may hold all there are.
+  const bool is_one_panel = product.b_column == 1 && product.rows > TILE_ROWS && product.rows <= 2 * TILE_ROWS;
+  if (product.columns <= LANES || is_one_panel) {
     multiply_with<1>(product, alone);
   } else {
     multiply_with<2>(product, alone);
