@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from opd.kernels import softmax as compiled
 from opd.logits import (
     NATS,
     TILE_TOKENS,
@@ -293,6 +294,11 @@ class _Sweep:
             for tokens in self.student.tokens:
                 if fused is not None:
                     gradient = self._fused_gradient(fused, tokens, vocab, rows)
+                elif by_mixture is None and compiled.usable(self.scratch[0]):
+                    z, u, *tops = self._tiles(tokens, columns, tile, with_teacher)
+                    numbers = torch.cat((torch.stack(tops), rows[2:, tokens]))
+                    out = view(self.scratch[2], (z.shape[0], z.shape[1]))
+                    gradient = compiled.pair_gradient(z, u, numbers, teacher_slope is not None, out)
                 else:
                     z, u = self._relative(tokens, columns, tile, with_teacher)
                     factor = constant[tokens, None]
@@ -319,11 +325,7 @@ class _Sweep:
         """The sums of this rank's vocabulary by a kernel that holds no logits; those of the ids by products of rows."""
         found = fused.sums(*self.inputs, self.tiling.scale)
         none = found.new_zeros(found.shape[2], 0)
-        parts = []
-        for z_top, u_top, z_mass, u_mass, z_moment, u_moment, reverse, forward, agree in found.unbind(1):
-            student, teacher = Softmax(z_top, z_mass, z_moment, none), Softmax(u_top, u_mass, u_moment, none)
-            parts.append(Pair(student, teacher, reverse, forward, agree))
-        total = reduce(Pair.merge, parts)
+        total = reduce(Pair.merge, [_pair(part.unbind(), none, none) for part in found.unbind(1)])
         total.student.at_ids, total.teacher.at_ids = self.student.at_ids(self.ids), self.teacher.at_ids(self.ids)
         return total
 
@@ -342,21 +344,29 @@ class _Sweep:
         self, tokens: slice, columns: Sequence[Tensor], tile: int, with_teacher: bool
     ) -> tuple[Tensor, Tensor]:
         """z and u of a tile relative to the largest logits of the whole row, in scratch memory; u may be left as is."""
+        z, u, top_z, top_u = self._tiles(tokens, columns, tile, with_teacher)
+        shape = (z.shape[0], z.shape[1])
+        z = torch.sub(z, top_z[:, None], out=view(self.scratch[0], shape))
+        return z, torch.sub(u, top_u[:, None], out=view(self.scratch[1], shape)) if with_teacher else z
+
+    def _tiles(
+        self, tokens: slice, columns: Sequence[Tensor], tile: int, with_teacher: bool
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """z and u of a tile, kept or made again in scratch memory, and what is yet to be taken off each row [n]."""
         top_z, top_u = columns[0][tokens], columns[1][tokens]
         if self.kept:
             z, u, tile_top_z, tile_top_u = self.kept[tile]
-            shape = (z.shape[0], z.shape[1])
-            z = torch.sub(z, (top_z - tile_top_z)[:, None], out=view(self.scratch[0], shape))
-            return z, torch.sub(u, (top_u - tile_top_u)[:, None], out=view(self.scratch[1], shape))
-        z = self.student.tile(tokens, self.scratch[0]).sub_(top_z[:, None])
-        u = self.teacher.tile(tokens, self.scratch[1]).sub_(top_u[:, None]) if with_teacher else z
-        return z, u
+            return z, u, top_z - tile_top_z, top_u - tile_top_u
+        z = self.student.tile(tokens, self.scratch[0])
+        return z, self.teacher.tile(tokens, self.scratch[1]) if with_teacher else z, top_z, top_u
 
     def _reduce(self, z: Tensor, u: Tensor, local_ids: Tensor) -> Pair:
         """The sums of a tile; z and u are left relative to each row's largest of the tile."""
         shape = (z.shape[0], z.shape[1])
-        weight, product = view(self.scratch[2], shape), view(self.scratch[3], shape)
         z_ids, u_ids = gather_ids(z, local_ids), gather_ids(u, local_ids)
+        if compiled.usable(z):
+            return _pair(compiled.pair_sums(z, u), z_ids, u_ids)
+        weight, product = view(self.scratch[2], shape), view(self.scratch[3], shape)
         z_top, u_top = shift(z), shift(u)
         # Both are at most 0, and 0 only at their maximum: a sum of 0 is a maximum of both.
         agree = (torch.add(z, u, out=product).amax(dim=-1) == 0).to(z.dtype)
@@ -368,6 +378,13 @@ class _Sweep:
         reverse = torch.sub(z, u, out=product).mul_(weight).sum(dim=-1)
         student, teacher = Softmax(z_top, z_mass, z_moment, z_ids), Softmax(u_top, u_mass, u_moment, u_ids)
         return Pair(student, teacher, reverse, forward, agree)
+
+
+def _pair(sums: Sequence[Tensor], z_ids: Tensor, u_ids: Tensor) -> Pair:
+    """What a kernel gives in this order."""
+    z_top, u_top, z_mass, u_mass, z_moment, u_moment, reverse, forward, agree = sums
+    student, teacher = Softmax(z_top, z_mass, z_moment, z_ids), Softmax(u_top, u_mass, u_moment, u_ids)
+    return Pair(student, teacher, reverse, forward, agree)
 
 
 def _fused(inputs: Sequence[Tensor]) -> ModuleType | None:

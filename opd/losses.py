@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from opd.kernels import softmax as compiled
 from opd.logits import (
     NATS,
     TILE_TOKENS,
@@ -237,12 +238,14 @@ class _TokenLogprobs(torch.autograd.Function):
         for vocab in logits.vocab:
             logits.enter(vocab)
             for tokens in logits.tokens:
-                if kept:
-                    z, z_top = next(remaining), next(remaining)
-                    z = torch.sub(z, (top[tokens] - z_top)[:, None], out=view(scratch, (z.shape[0], z.shape[1])))
+                # A kept tile is relative to its own largest logits, and is left as it is.
+                z, z_top = (next(remaining), next(remaining)) if kept else (logits.tile(tokens, scratch), None)
+                relative = top[tokens] if z_top is None else top[tokens] - z_top
+                out = view(scratch, (z.shape[0], z.shape[1]))
+                if compiled.usable(z):
+                    gradient = compiled.gradient(z, relative, -slope[tokens], out)
                 else:
-                    z = logits.tile(tokens, scratch).sub_(top[tokens, None])
-                gradient = z.exp2_().mul_(slope[tokens, None]).neg_()
+                    gradient = torch.sub(z, relative[:, None], out=out).exp2_().mul_(-slope[tokens, None])
                 scatter_ids(gradient, logits.local(ids, tokens), upstream[tokens])
                 logits.add_gradient(tokens, gradient)
             logits.leave()
@@ -252,6 +255,8 @@ class _TokenLogprobs(torch.autograd.Function):
 def _summarise(z: Tensor, local_ids: Tensor, scratch: Tensor) -> Softmax:
     """The sums of a tile of logits, which are left relative to each row's largest."""
     at_ids = gather_ids(z, local_ids)
+    if compiled.usable(z):
+        return Softmax(*compiled.sums(z), at_ids)
     top = shift(z)
     weight = torch.exp2(z, out=view(scratch, (z.shape[0], z.shape[1])))
     mass = weight.sum(dim=-1)
