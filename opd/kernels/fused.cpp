@@ -16,6 +16,7 @@
 
 namespace {
 
+constexpr int64_t PART = 512;            // tokens whose part of the mixing matrix's gradient is summed before the rest
 constexpr int64_t WEIGHT_ROWS = 512;     // whose part of a norm weight's gradient is summed before the rest
 
 template <typename T>
@@ -30,7 +31,7 @@ struct CollapseArguments {
 template <typename T>
 struct CollapseGradients {
   const T *streams, *fn, *base, *scale, *mix, *inverse, *grad_collapsed, *grad_post, *grad_residual;
-  T *grad_streams, *grad_products, *grad_logits;
+  T *grad_streams, *grad_logits;
   int64_t tokens, width;
   T hc_eps;
   int iterations;
@@ -140,13 +141,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> collapse(
   return {collapsed, post, residual, mix, inverse};
 }
 
-// Adds to `grad_streams`. Also returns the gradients of the linear products and of the logits, both [rows, N].
+// Adds to `grad_streams`. Also returns the gradients of fn, in parts that are yet to be summed [parts, rows, n D], and of
+// the logits [rows, N]. Parts are cut by the number of tokens alone.
 std::tuple<at::Tensor, at::Tensor> collapse_backward(
     at::Tensor grad_streams, const at::Tensor& streams, const at::Tensor& fn, const at::Tensor& base,
     const at::Tensor& scale, const at::Tensor& mix, const at::Tensor& inverse, const at::Tensor& grad_collapsed,
     const at::Tensor& grad_post, const at::Tensor& grad_residual, double hc_eps, int64_t iterations) {
-  at::Tensor grad_products = at::empty_like(mix), grad_logits = at::empty_like(mix);
-  const int64_t tokens = streams.size(1), width = streams.size(2);
+  const int64_t tokens = streams.size(1), width = streams.size(2), rows = fn.size(0);
+  const int64_t size = std::max(PART, width / TOKENS * TOKENS), parts = std::max<int64_t>(1, (tokens + size - 1) / size);
+  at::Tensor grad_logits = at::empty_like(mix), grad_fn = at::zeros({parts, rows, 4 * width}, fn.options());
   TORCH_CHECK(streams.size(0) == 4, "collapse is compiled for 4 streams");
   by_type(streams, [&](auto zero) {
     using T = decltype(zero);
@@ -154,13 +157,16 @@ std::tuple<at::Tensor, at::Tensor> collapse_backward(
                                  scale.const_data_ptr<T>(), mix.const_data_ptr<T>(), inverse.const_data_ptr<T>(),
                                  grad_collapsed.const_data_ptr<T>(), grad_post.const_data_ptr<T>(),
                                  grad_residual.const_data_ptr<T>(), grad_streams.mutable_data_ptr<T>(),
-                                 grad_products.mutable_data_ptr<T>(), grad_logits.mutable_data_ptr<T>(), tokens, width,
-                                 T(hc_eps), int(iterations)};
-    over_rows(tokens, 4 * width * 8, [&](int64_t begin, int64_t end) {
-      WITH_BEST((fast::collapse_backward<T, 4>(a, begin, end)));
+                                 grad_logits.mutable_data_ptr<T>(), tokens, width, T(hc_eps), int(iterations)};
+    T* to = grad_fn.mutable_data_ptr<T>();
+    at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t part = begin; part < end; ++part) {
+        const int64_t first = part * size, last = std::min(tokens, first + size);
+        WITH_BEST((fast::collapse_backward<T, 4>(a, first, last, to + part * rows * 4 * width)));
+      }
     });
   });
-  return {grad_products, grad_logits};
+  return {grad_fn, grad_logits};
 }
 
 at::Tensor expand(const at::Tensor& streams, const at::Tensor& output, const at::Tensor& post,

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from opd.kernels.library import operators
-from opd.kernels.products import matmul
 
 DTYPES = (torch.float32, torch.float64)
 STREAMS = 4  # of hyper-connections, for which the loops are unrolled
@@ -71,7 +70,7 @@ class _Collapse(torch.autograd.Function):
         ops: Any = operators()
         streams, fn, base, scale, mix, inverse = ctx.saved_tensors
         grad_streams, grad_collapsed, grad_post, grad_residual = (grad.contiguous() for grad in grads)
-        products, logits = ops.hc_collapse_backward(
+        of_fn, logits = ops.hc_collapse_backward(
             grad_streams,
             streams,
             fn,
@@ -85,10 +84,9 @@ class _Collapse(torch.autograd.Function):
             *ctx.settings,
         )
         n = len(streams)
-        grad_fn = matmul(products.expand(n, -1, -1), streams).transpose(0, 1).reshape(fn.shape)
         of_scale = torch.linalg.vecdot(logits, mix).split([n, n, n * n])
         grad_scale = torch.stack([part.sum() for part in of_scale])
-        return grad_streams, grad_fn, logits.sum(1), grad_scale, None, None, None
+        return grad_streams, of_fn.sum(0), logits.sum(1), grad_scale, None, None, None
 
 
 def collapse(

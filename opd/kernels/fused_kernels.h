@@ -100,22 +100,22 @@ KERNEL static void collapse(const CollapseArguments<T>& a, int64_t begin, int64_
   for (int64_t first = begin; first < end; first += TOKENS) {
     const int tokens = int(std::min<int64_t>(TOKENS, end - first));
     const T* x[TOKENS];
-    T inverse[TOKENS];
-    for (int t = 0; t < TOKENS; ++t) x[t] = a.streams + (first + std::min(t, tokens - 1)) * D;
+    alignas(64) T inverse[TOKENS];
+    V squares[TOKENS];
     for (int t = 0; t < TOKENS; ++t) {
-      T square = 0;
+      x[t] = a.streams + (first + std::min(t, tokens - 1)) * D;
+      squares[t] = V{};
       for (int j = 0; j < n; ++j) {
         const T* row = x[t] + j * N * D;
-        V sum = V{};
-        int64_t d = 0;
-        for (; d + count <= D; d += count) {
-          const V v = load(row + d);
-          sum += v * v;
-        }
-        square += total<T>(sum);
-        for (; d < D; ++d) square += row[d] * row[d];
+        for (int64_t d = 0; d + count <= D; d += count) squares[t] += load(row + d) * load(row + d);
       }
-      inverse[t] = T(1) / std::sqrt(square / T(n * D) + a.norm_eps);
+    }
+    for (int t = 0; t < TOKENS; t += count) store(inverse + t, totals<T>(squares + t));
+    for (int t = 0; t < TOKENS; ++t) {
+      for (int j = 0; j < n; ++j) {
+        for (int64_t d = D / count * count; d < D; ++d) inverse[t] += x[t][j * N * D + d] * x[t][j * N * D + d];
+      }
+      inverse[t] = T(1) / std::sqrt(inverse[t] / T(n * D) + a.norm_eps);
     }
     for (int group = 0; group < TOKENS; group += side) {
       V sum[side][parts];
@@ -124,12 +124,14 @@ KERNEL static void collapse(const CollapseArguments<T>& a, int64_t begin, int64_
       }
       for (int j = 0; j < n; ++j) {
         const T* weight = a.fn_t + j * D * padded;
+        const T* row[side];
+        for (int t = 0; t < side; ++t) row[t] = x[group + t] + j * N * D;
         for (int64_t d = 0; d < D; ++d, weight += padded) {
           V w[parts];
           for (int p = 0; p < parts; ++p) w[p] = load(weight + p * count);
 #pragma GCC unroll 16
           for (int t = 0; t < side; ++t) {
-            const T value = x[group + t][j * N * D + d];
+            const T value = row[t][d];
             for (int p = 0; p < parts; ++p) sum[t][p] += w[p] * value;
           }
         }
@@ -164,9 +166,9 @@ KERNEL static void collapse(const CollapseArguments<T>& a, int64_t begin, int64_
   }
 }
 
-// Adds to a.grad_streams, which already holds what came through the streams that were handed on.
+// Adds to a.grad_streams, which already holds what came through the streams that were handed on, and to grad_fn.
 template <typename T, int n>
-KERNEL static void collapse_backward(const CollapseGradients<T>& a, int64_t begin, int64_t end) {
+KERNEL static void collapse_backward(const CollapseGradients<T>& a, int64_t begin, int64_t end, T* grad_fn) {
   using V = typename Lanes<T>::V;
   constexpr int count = Lanes<T>::count, rows = (2 + n) * n;
   const int64_t N = a.tokens, D = a.width;
@@ -179,20 +181,26 @@ KERNEL static void collapse_backward(const CollapseGradients<T>& a, int64_t begi
       for (int t = 0; t < TOKENS; ++t) c.mix[row][t] = a.mix[row * N + first + std::min(t, tokens - 1)];
     }
     evaluate<T, n>(c, a.base, a.scale, a.hc_eps, a.iterations, steps.data());
-    for (int t = 0; t < TOKENS; ++t) {
-      const int64_t token = first + std::min(t, tokens - 1);
-      const T* given = a.grad_collapsed + token * D;
-      for (int j = 0; j < n; ++j) {
-        const T* row = a.streams + (j * N + token) * D;
-        V sum = V{};
-        int64_t d = 0;
-        for (; d + count <= D; d += count) sum += load(row + d) * load(given + d);
-        T dot = total<T>(sum);
-        for (; d < D; ++d) dot += row[d] * given[d];
+    for (int j = 0; j < n; ++j) {
+      V dots[TOKENS];
+      for (int t = 0; t < TOKENS; ++t) {
+        const int64_t token = first + std::min(t, tokens - 1);
+        const T *given = a.grad_collapsed + token * D, *row = a.streams + (j * N + token) * D;
+        dots[t] = V{};
+        for (int64_t d = 0; d + count <= D; d += count) dots[t] += load(row + d) * load(given + d);
+      }
+      for (int t = 0; t < TOKENS; t += count) store(grad[j] + t, totals<T>(dots + t));
+      for (int t = 0; t < TOKENS; ++t) {
+        const int64_t token = first + std::min(t, tokens - 1);
+        const T *given = a.grad_collapsed + token * D, *row = a.streams + (j * N + token) * D;
+        for (int64_t d = D / count * count; d < D; ++d) grad[j][t] += row[d] * given[d];
         const T pre = c.value[j][t], post = c.value[n + j][t];
-        grad[j][t] = dot * pre * (1 - pre);
+        grad[j][t] *= pre * (1 - pre);
         grad[n + j][t] = 2 * a.grad_post[j * N + token] * post * (1 - post);
       }
+    }
+    for (int t = 0; t < TOKENS; ++t) {
+      const int64_t token = first + std::min(t, tokens - 1);
       for (int i = 0; i < n * n; ++i) grad[2 * n + i][t] = a.grad_residual[i * N + token];
     }
     unwind<T, n>(c, steps.data(), a.iterations, grad + 2 * n);
@@ -206,7 +214,29 @@ KERNEL static void collapse_backward(const CollapseGradients<T>& a, int64_t begi
         along[t] -= of_mix * c.mix[row][t] * inverse * inverse / T(n * D);
         grad[row][t] = of_mix * inverse;
       }
-      for (int t = 0; t < tokens; ++t) a.grad_products[row * N + first + t] = grad[row][t];
+    }
+    // While the streams are near: what the products' gradients are of fn, for a vector of its columns and all its rows.
+    for (int j = 0; j < n; ++j) {
+      const T* from = a.streams + (j * N + first) * D;
+      T* to = grad_fn + j * D;
+      int64_t d = 0;
+      for (; d + count <= D; d += count) {
+        V sum[rows];
+#pragma GCC unroll 24
+        for (int row = 0; row < rows; ++row) sum[row] = load(to + row * n * D + d);
+        for (int t = 0; t < tokens; ++t) {
+          const V value = load(from + t * D + d);
+#pragma GCC unroll 24
+          for (int row = 0; row < rows; ++row) sum[row] += value * grad[row][t];
+        }
+#pragma GCC unroll 24
+        for (int row = 0; row < rows; ++row) store(to + row * n * D + d, sum[row]);
+      }
+      for (; d < D; ++d) {
+        for (int row = 0; row < rows; ++row) {
+          for (int t = 0; t < tokens; ++t) to[row * n * D + d] += from[t * D + d] * grad[row][t];
+        }
+      }
     }
     for (int j = 0; j < n; ++j) {
       T* to[TOKENS];
