@@ -89,6 +89,25 @@ KERNEL static void unwind(const Coefficients<T, n>& c, const T* steps, int itera
   }
 }
 
+// A number of each of `tokens` tokens, the last one's in all lanes that are left; and back.
+template <typename T>
+KERNEL static inline void fetch(const T* from, int tokens, T* to) {
+  if (tokens == TOKENS) {
+    __builtin_memcpy(to, from, TOKENS * sizeof(T));
+  } else {
+    for (int t = 0; t < TOKENS; ++t) to[t] = from[std::min(t, tokens - 1)];
+  }
+}
+
+template <typename T>
+KERNEL static inline void hand_over(const T* from, int tokens, T* to) {
+  if (tokens == TOKENS) {
+    __builtin_memcpy(to, from, TOKENS * sizeof(T));
+  } else {
+    for (int t = 0; t < tokens; ++t) to[t] = from[t];
+  }
+}
+
 // Tokens begin .. end of streams [n, N, D]. fn_t [n * D, padded]: fn transposed, rows filled up to whole vectors.
 template <typename T, int n>
 KERNEL static void collapse(const CollapseArguments<T>& a, int64_t begin, int64_t end) {
@@ -112,7 +131,7 @@ KERNEL static void collapse(const CollapseArguments<T>& a, int64_t begin, int64_
     }
     for (int t = 0; t < TOKENS; t += count) store(inverse + t, totals<T>(squares + t));
     for (int t = 0; t < TOKENS; ++t) {
-      for (int j = 0; j < n; ++j) {
+      for (int j = 0; j < n && D % count; ++j) {
         for (int64_t d = D / count * count; d < D; ++d) inverse[t] += x[t][j * N * D + d] * x[t][j * N * D + d];
       }
       inverse[t] = T(1) / std::sqrt(inverse[t] / T(n * D) + a.norm_eps);
@@ -158,11 +177,14 @@ KERNEL static void collapse(const CollapseArguments<T>& a, int64_t begin, int64_
         for (int j = 0; j < n; ++j) sum += x[t][j * N * D + d] * weight[j];
         out[d] = sum;
       }
-      a.inverse[first + t] = inverse[t];
-      for (int j = 0; j < n; ++j) a.post[j * N + first + t] = 2 * c.value[n + j][t];
-      for (int i = 0; i < n * n; ++i) a.residual[i * N + first + t] = c.residual[i][t];
-      for (int row = 0; row < rows; ++row) a.mix[row * N + first + t] = c.mix[row][t];
     }
+    hand_over(inverse, tokens, a.inverse + first);
+    for (int j = 0; j < n; ++j) {
+      for (int t = 0; t < TOKENS; ++t) c.value[n + j][t] *= 2;
+      hand_over(c.value[n + j], tokens, a.post + j * N + first);
+    }
+    for (int i = 0; i < n * n; ++i) hand_over(c.residual[i], tokens, a.residual + i * N + first);
+    for (int row = 0; row < rows; ++row) hand_over(c.mix[row], tokens, a.mix + row * N + first);
   }
 }
 
@@ -177,9 +199,7 @@ KERNEL static void collapse_backward(const CollapseGradients<T>& a, int64_t begi
   alignas(64) T grad[rows][TOKENS];
   for (int64_t first = begin; first < end; first += TOKENS) {
     const int tokens = int(std::min<int64_t>(TOKENS, end - first));
-    for (int row = 0; row < rows; ++row) {
-      for (int t = 0; t < TOKENS; ++t) c.mix[row][t] = a.mix[row * N + first + std::min(t, tokens - 1)];
-    }
+    for (int row = 0; row < rows; ++row) fetch(a.mix + row * N + first, tokens, c.mix[row]);
     evaluate<T, n>(c, a.base, a.scale, a.hc_eps, a.iterations, steps.data());
     for (int j = 0; j < n; ++j) {
       V dots[TOKENS];
@@ -190,29 +210,29 @@ KERNEL static void collapse_backward(const CollapseGradients<T>& a, int64_t begi
         for (int64_t d = 0; d + count <= D; d += count) dots[t] += load(row + d) * load(given + d);
       }
       for (int t = 0; t < TOKENS; t += count) store(grad[j] + t, totals<T>(dots + t));
-      for (int t = 0; t < TOKENS; ++t) {
+      for (int t = 0; t < TOKENS && D % count; ++t) {
         const int64_t token = first + std::min(t, tokens - 1);
         const T *given = a.grad_collapsed + token * D, *row = a.streams + (j * N + token) * D;
         for (int64_t d = D / count * count; d < D; ++d) grad[j][t] += row[d] * given[d];
+      }
+      fetch(a.grad_post + j * N + first, tokens, grad[n + j]);
+      for (int t = 0; t < TOKENS; ++t) {
         const T pre = c.value[j][t], post = c.value[n + j][t];
         grad[j][t] *= pre * (1 - pre);
-        grad[n + j][t] = 2 * a.grad_post[j * N + token] * post * (1 - post);
+        grad[n + j][t] *= 2 * post * (1 - post);
       }
     }
-    for (int t = 0; t < TOKENS; ++t) {
-      const int64_t token = first + std::min(t, tokens - 1);
-      for (int i = 0; i < n * n; ++i) grad[2 * n + i][t] = a.grad_residual[i * N + token];
-    }
+    for (int i = 0; i < n * n; ++i) fetch(a.grad_residual + i * N + first, tokens, grad[2 * n + i]);
     unwind<T, n>(c, steps.data(), a.iterations, grad + 2 * n);
-    alignas(64) T along[TOKENS] = {};  // how the gradient moves with the streams' RMS
+    alignas(64) T along[TOKENS] = {}, inverse[TOKENS];  // along: how the gradient moves with the streams' RMS
+    fetch(a.inverse + first, tokens, inverse);
     for (int row = 0; row < rows; ++row) {
       const T factor = a.scale[row < n ? 0 : row < 2 * n ? 1 : 2];
-      for (int t = 0; t < tokens; ++t) a.grad_logits[row * N + first + t] = grad[row][t];
+      hand_over(grad[row], tokens, a.grad_logits + row * N + first);
       for (int t = 0; t < TOKENS; ++t) {
-        const T inverse = a.inverse[first + std::min(t, tokens - 1)];
         const T of_mix = grad[row][t] * factor;
-        along[t] -= of_mix * c.mix[row][t] * inverse * inverse / T(n * D);
-        grad[row][t] = of_mix * inverse;
+        along[t] -= of_mix * c.mix[row][t] * inverse[t] * inverse[t] / T(n * D);
+        grad[row][t] = of_mix * inverse[t];
       }
     }
     // While the streams are near: what the products' gradients are of fn, for a vector of its columns and all its rows.
