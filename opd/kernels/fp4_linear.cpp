@@ -265,8 +265,11 @@ struct Window {
   }
 };
 
-inline void narrow(const float* from, int64_t count, c10::BFloat16* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = from[i];
+// Rows of a tile's totals, of `lanes` features, to places in y that are `stride` apart.
+inline void narrow(const float* totals, int64_t rows, int64_t lanes, c10::BFloat16* to, int64_t stride) {
+  for (int64_t n = 0; n < rows; ++n) {
+    for (int64_t lane = 0; lane < lanes; ++lane) to[n * stride + lane] = totals[n * TILE + lane];
+  }
 }
 
 #ifdef OPD_X86
@@ -285,16 +288,22 @@ AVX512 Window window_of(const uint16_t* x, int64_t count) {
 }
 
 
-AVX512 void narrow_avx512(const float* from, int64_t count, c10::BFloat16* to) { narrow(from, count, to); }
+AVX512 void narrow_avx512(const float* totals, int64_t rows, int64_t lanes, c10::BFloat16* to, int64_t stride) {
+  if (lanes == TILE) return narrow(totals, rows, TILE, to, stride);  // known to the compiler, which unrolls it
+  narrow(totals, rows, lanes, to, stride);
+}
 #endif
 
-// Rows of one expert that share a pass over its weights, cut into near-equal groups for the kernels.
-struct Chunk {
-  int64_t expert, first_row, rows, groups;
-  int64_t first_item;  // of the work items, which are (chunk, tile), tile fastest
+// Rows that a kernel takes together.
+struct Group {
+  int64_t first_row, rows;
   Window window = {};
+};
 
-  int64_t group_begin(int64_t group) const { return first_row + rows * group / groups; }
+// Groups of one expert's rows, of near-equal size, that share a pass over its weights.
+struct Chunk {
+  int64_t expert, first_group, groups;
+  int64_t first_item;  // of the work items, which are (chunk, tile), tile fastest
 };
 
 template <typename From, typename To>
@@ -304,24 +313,30 @@ void interleave(const From* x, int64_t width, int64_t rows, To* out) {
   }
 }
 
-// totals [rows][32] of a chunk's rows and one tile of its expert. `inputs` are the interleaved rows of all chunks.
-void multiply(const Kernels& kernels, const Chunk& chunk, const uint8_t* codes, const uint8_t* scales,
-              const char* inputs, int64_t row_bytes, int64_t num_blocks, int block_groups, float* totals) {
+// The kernels' results: totals [rows][32] of the groups of a chunk with one tile of its expert. `inputs` are all groups'
+// interleaved rows.
+void multiply(const Kernels& kernels, const Group* groups, int64_t num_groups, const uint8_t* codes,
+              const uint8_t* scales, const char* inputs, int64_t row_bytes, int64_t num_blocks, int block_groups,
+              float* totals) {
   alignas(64) uint32_t kept[KEPT / 4];
-  std::fill(totals, totals + chunk.rows * TILE, 0.f);
-  const bool keeps = chunk.groups > 1 && kernels.kept_bytes > 0;
+  const bool keeps = num_groups > 1 && kernels.kept_bytes > 0;
   const int64_t pass = keeps ? KEPT / (kernels.kept_bytes * block_groups) : num_blocks;
+  Window window = groups->window;
+  for (const Group* group = groups + 1; group < groups + num_groups; ++group) {
+    window.lowest = std::max(window.lowest, group->window.lowest);
+    window.highest = std::min(window.highest, group->window.highest);
+  }
   for (int64_t block = 0; block < num_blocks; block += pass) {
     const int64_t blocks = std::min(pass, num_blocks - block);
-    const uint8_t* block_scales = scales + block * TILE;
-    const int kind = block_groups == 2 ? 1 : keeps && chunk.window.holds(block_scales, blocks * TILE) ? 2 : 0;
-    for (int64_t group = 0; group < chunk.groups; ++group) {
-      const int64_t row = chunk.group_begin(group), rows = chunk.group_begin(group + 1) - row;
-      const Source source = !keeps ? Source::codes : group == 0 ? Source::codes_to_keep : Source::kept;
-      kernels.by_rows[kind][int(source)][rows - 1](
-          codes + block * block_groups * GROUP_BYTES, block_scales, kept,
-          inputs + row * row_bytes + row_bytes / num_blocks * block * rows, blocks,
-          totals + (row - chunk.first_row) * TILE);
+    const uint8_t* pass_scales = scales + block * TILE;
+    const bool folds = keeps && block_groups == 4 && window.holds(pass_scales, blocks * TILE);
+    const auto& by_rows = kernels.by_rows[folds ? 2 : block_groups == 2];
+    for (const Group* group = groups; group < groups + num_groups; ++group) {
+      const Source source = !keeps ? Source::codes : group == groups ? Source::codes_to_keep : Source::kept;
+      by_rows[int(source)][group->rows - 1](
+          codes + block * block_groups * GROUP_BYTES, pass_scales, kept,
+          inputs + row_bytes * group->first_row + row_bytes / num_blocks * block * group->rows, blocks,
+          totals + (group->first_row - groups->first_row) * TILE);
     }
   }
 }
@@ -362,13 +377,18 @@ at::Tensor fp4_linear(
   const Kernels& kernels = kernels_of(path);
   const int block_groups = num_blocks * 16 == width ? 2 : 4;
 
+  std::vector<Group> groups;
   std::vector<Chunk> chunks;
   int64_t num_items = 0, first_row = 0;
   for (size_t expert = 0; expert < sizes.size(); ++expert) {
     for (int64_t done = 0; done < sizes[expert]; done += CHUNK_ROWS) {
       const int64_t rows = std::min(CHUNK_ROWS, sizes[expert] - done);
-      const int64_t groups = (rows + kernels.max_rows - 1) / kernels.max_rows;
-      chunks.push_back({static_cast<int64_t>(expert), first_row + done, rows, groups, num_items});
+      const int64_t count = (rows + kernels.max_rows - 1) / kernels.max_rows;
+      chunks.push_back({int64_t(expert), int64_t(groups.size()), count, num_items});
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t begin = rows * i / count, end = rows * (i + 1) / count;
+        groups.push_back({first_row + done + begin, end - begin});
+      }
       num_items += num_tiles;
     }
     first_row += sizes[expert];
@@ -383,28 +403,23 @@ at::Tensor fp4_linear(
     buffer = at::empty({num_rows * row_bytes}, x.options().dtype(at::kByte));
     char* out = static_cast<char*>(buffer.mutable_data_ptr());
     inputs = out;
-    at::parallel_for(0, chunks.size(), std::max<int64_t>(1, MIN_WORK / (64 * width)), [&](int64_t begin, int64_t end) {
+    const int64_t grain = std::max<int64_t>(1, (MIN_WORK >> 5) / (kernels.max_rows * width));
+    at::parallel_for(0, groups.size(), grain, [&](int64_t begin, int64_t end) {
       for (int64_t index = begin; index < end; ++index) {
-        Chunk& chunk = chunks[index];
+        Group& group = groups[index];
+        const int64_t first = group.first_row * width;
+        char* to = out + group.first_row * row_bytes;
+        if (in_pairs) {
 #ifdef OPD_X86
-        if (in_pairs && chunk.groups > 1) {
-          chunk.window = window_of(static_cast<const uint16_t*>(x.const_data_ptr()) + chunk.first_row * width,
-                                   chunk.rows * width);
-        }
+          group.window = window_of(reinterpret_cast<const uint16_t*>(x_bytes) + first, group.rows * width);
 #endif
-        for (int64_t group = 0; group < chunk.groups; ++group) {
-          const int64_t row = chunk.group_begin(group), rows = chunk.group_begin(group + 1) - row;
-          char* to = out + row * row_bytes;
-          if (in_pairs) {
-            interleave(reinterpret_cast<const uint32_t*>(x_bytes) + row * width / 2, width / 2, rows,
-                       reinterpret_cast<uint32_t*>(to));
-          } else if (is_bf16) {
-            interleave(reinterpret_cast<const c10::BFloat16*>(x_bytes) + row * width, width, rows,
-                       reinterpret_cast<float*>(to));
-          } else {
-            interleave(reinterpret_cast<const float*>(x_bytes) + row * width, width, rows,
-                       reinterpret_cast<float*>(to));
-          }
+          interleave(reinterpret_cast<const uint32_t*>(x_bytes) + first / 2, width / 2, group.rows,
+                     reinterpret_cast<uint32_t*>(to));
+        } else if (is_bf16) {
+          interleave(reinterpret_cast<const c10::BFloat16*>(x_bytes) + first, width, group.rows,
+                     reinterpret_cast<float*>(to));
+        } else {
+          interleave(reinterpret_cast<const float*>(x_bytes) + first, width, group.rows, reinterpret_cast<float*>(to));
         }
       }
     });
@@ -417,8 +432,8 @@ at::Tensor fp4_linear(
 #ifdef OPD_X86
   if (path == Path::avx512 || path == Path::avx512_bf16) narrow_best = &narrow_avx512;
 #endif
-  float* y_float = is_bf16 ? nullptr : y.mutable_data_ptr<float>();
-  c10::BFloat16* y_bf16 = is_bf16 ? y.mutable_data_ptr<c10::BFloat16>() : nullptr;
+  const int64_t element_bytes = x.element_size();
+  char* y_bytes = static_cast<char*>(y.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(1, MIN_WORK / (width * TILE * std::min<int64_t>(num_rows, 8)));
   at::parallel_for(0, num_items, grain, [&](int64_t begin, int64_t end) {
     alignas(64) float totals[CHUNK_ROWS * TILE];
@@ -427,15 +442,21 @@ at::Tensor fp4_linear(
     for (int64_t item = begin; item < end; ++item) {
       while (item >= chunk->first_item + num_tiles) ++chunk;
       const int64_t tile = item - chunk->first_item, at = chunk->expert * num_tiles + tile;
-      multiply(kernels, *chunk, code_bytes + at * code_stride, scale_bytes + at * scale_stride, inputs, row_bytes,
-               num_blocks, block_groups, totals);
-      const int64_t first = tile * TILE, lanes = std::min<int64_t>(TILE, num_features - first);
-      for (int64_t n = 0; n < chunk->rows; ++n) {
-        const int64_t to = (chunk->first_row + n) * num_features + first;
-        if (is_bf16) {
-          narrow_best(totals + n * TILE, lanes, y_bf16 + to);
-        } else {
-          std::memcpy(y_float + to, totals + n * TILE, lanes * sizeof(float));
+      const Group *first_group = &groups[chunk->first_group], *last_group = first_group + chunk->groups - 1;
+      const int64_t first_row = first_group->first_row, rows = last_group->first_row + last_group->rows - first_row;
+      const int64_t feature = tile * TILE, lanes = std::min<int64_t>(TILE, num_features - feature);
+      const int64_t to = first_row * num_features + feature;
+      // Rows of y are far apart, so a tile's are asked for while it is computed.
+      for (int64_t n = 0; n < rows; ++n) __builtin_prefetch(y_bytes + (to + n * num_features) * element_bytes, 1);
+      std::fill(totals, totals + rows * TILE, 0.f);
+      multiply(kernels, first_group, chunk->groups, code_bytes + at * code_stride, scale_bytes + at * scale_stride,
+               inputs, row_bytes, num_blocks, block_groups, totals);
+      if (is_bf16) {
+        narrow_best(totals, rows, lanes, reinterpret_cast<c10::BFloat16*>(y_bytes) + to, num_features);
+      } else {
+        float* place = reinterpret_cast<float*>(y_bytes) + to;
+        for (int64_t n = 0; n < rows; ++n) {
+          std::memcpy(place + n * num_features, totals + n * TILE, lanes * sizeof(float));
         }
       }
     }
