@@ -1,12 +1,12 @@
 // A tile of packed FP4 weights times a few rows, for processors with AVX-512.
 //
-// Included twice inside a namespace of its own by fp4_linear.cpp, which defines KERNEL (a function attribute that allows
+// Included twice inside a namespace of its own by fp4_kernels.h, which defines KERNEL (a function attribute that allows
 // the instructions) and PAIRS: 1 multiplies bfloat16 activations as they are, two inputs a lane and step; 0 multiplies
 // float32, one input a step.
 
 constexpr int STEPS = PAIRS ? 4 : 8;  // of a group of 8 inputs
 
-// The values of the 16 codes at STEP of a group whose codes are `raw`. A look-up reads the lowest 4 or 5 bits of a lane.
+// The weights of 16 features at a step of a group whose codes are `raw`. A look-up reads the lowest 4 or 5 bits.
 KERNEL __attribute__((always_inline)) inline __m512i decoded(__m512i raw, __m512i table, int step) {
 #if PAIRS
   return _mm512_permutexvar_epi16(_mm512_srli_epi16(raw, 4 * step), table);
@@ -38,7 +38,7 @@ KERNEL __attribute__((always_inline)) inline __m512i folds_of(const uint8_t* byt
   return _mm512_or_si512(low, _mm512_slli_epi32(low, 16));
 }
 
-// A TileKernel (see fp4_linear.cpp). A step takes 2 vectors of weights and ROWS broadcasts for 2 * ROWS multiplications:
+// A TileKernel (see fp4_kernels.h). A step takes 2 vectors of weights and ROWS broadcasts for 2 * ROWS multiplications:
 // with 8 rows there are 16 independent sums, which hide an addition's latency, and loads and decoding fit beside them.
 template <int ROWS, int GROUPS, Scales SCALES, Source SOURCE>
 KERNEL void tile(const uint8_t* codes, const uint8_t* scales, uint32_t* kept, const void* inputs, int64_t num_blocks,
