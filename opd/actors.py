@@ -325,6 +325,9 @@ def _start_ray(config: RuntimeConfig, address: str | None) -> None:
         # it, listen on the loopback interface alone. The argument `_node_ip_address` can not ask for that: Ray replaces
         # a loopback address by the host's own.
         environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "OMP_NUM_THREADS": str(config.actor_threads)}
+        # A driver that is killed takes the servers with it, and a process that was just being started looks for them a
+        # minute by default. On one machine they do not come back.
+        environment |= {"RAY_gcs_rpc_server_reconnect_timeout_s": "20"}
         settings |= {"num_cpus": config.num_cpus, "include_dashboard": False}
         if config.object_store_gb is not None:
             settings["object_store_memory"] = int(config.object_store_gb * 1e9)

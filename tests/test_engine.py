@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
+import opd.shards
 from opd.config import ModelConfig, StageConfig
 from opd.learner import Learner
 from opd.model import new_v4
@@ -51,6 +52,7 @@ FEW: list[Case] = [
     ("deep", "adamw", 3),
     ("deep", "muon", 2),
 ]
+OTHER_MICRO_BATCHES = (16, 64, 1000)  # tokens, other than those of `take_steps`
 LAYOUTS = [(name, stage) for name in STAGES for stage in STAGES[name]]
 FEW_LAYOUTS = [("muon", 2), ("adamw", 2), ("adamw", 3)]
 
@@ -78,7 +80,7 @@ def start(folder: Path, kind: str, optimizer: str, zero_stage: int, group: tuple
     return Learner(dataclasses.replace(settings, rank=rank, world_size=world_size, master_port=port), Memory())
 
 
-def take_steps(learner: Learner, steps: range) -> list[Any]:
+def take_steps(learner: Learner, steps: range, micro_batch_tokens: int = 24) -> list[Any]:
     """Steps of different sizes; the second one is too small for all ranks to have a row."""
     stats = []
     for step in steps:
@@ -88,7 +90,8 @@ def take_steps(learner: Learner, steps: range) -> list[Any]:
         heads = {}
         if learner.settings.stage is not SFT and learner.settings.stage == DISTILL:
             signals, heads = make_teachers(groups, learner._store)  # type: ignore[arg-type]
-        the_plan = plan_of(groups, signals, num_ranks=learner.settings.world_size, micro_batch_tokens=24)
+        num_ranks = learner.settings.world_size
+        the_plan = plan_of(groups, signals, num_ranks=num_ranks, micro_batch_tokens=micro_batch_tokens)
         stats.append(learner.step(the_plan, heads))
     return stats
 
@@ -113,6 +116,21 @@ def run_cases(folder: Path, group: tuple[int, int, int], cases: list[Case]) -> N
             save_file(weights, f"{name}.safetensors")
             metrics = [merge_stats(list(step)) for step in zip(*(stats for stats, _ in everyone), strict=True)]
             name.with_suffix(".json").write_text(json.dumps({"metrics": metrics, "held": [h for _, h in everyone]}))
+
+
+def measure_rounding(folder: Path, kind: str, optimizer: str) -> None:
+    """Writes, by name, how far weights are apart after four steps of one process that add up in another order."""
+    weights = {}
+    for tokens in (24, *OTHER_MICRO_BATCHES):
+        learner = start(folder, kind, optimizer, 0, (0, 1, 0))
+        take_steps(learner, range(4), tokens)
+        weights[tokens] = whole_weights(learner)
+        learner.close()
+    apart = {
+        name: max((weights[tokens][name] - weight).abs().max().item() for tokens in OTHER_MICRO_BATCHES)
+        for name, weight in weights[24].items()
+    }
+    (folder / f"{kind}_{optimizer}_rounding.json").write_text(json.dumps(apart))
 
 
 def save_layouts(folder: Path, group: tuple[int, int, int], layouts: list[tuple[str, int]]) -> None:
@@ -151,7 +169,7 @@ def load_layouts(folder: Path, group: tuple[int, int, int], layouts: list[tuple[
         learner.close()
         if group[0] == 0:
             expected = load_file(folder / f"checkpoint_{optimizer}_{zero_stage}_of_{saved_by}.safetensors")
-            assert_same_path(expected, weights)
+            assert_same_path(folder, ("moe", optimizer), expected, weights)
 
 
 def fail_together(folder: Path, group: tuple[int, int, int]) -> None:
@@ -178,6 +196,7 @@ def one_rank(
     rank: int, world_size: int, port: int, folder: Path, cases: list[Case], layouts: list[tuple[str, int]]
 ) -> None:
     torch.set_num_threads(1)
+    opd.shards.SMALLEST_CUT = 256  # so that embeddings as small as these are cut too
     group = (rank, world_size, port)
     run_cases(folder, group, cases)
     save_layouts(folder, group, layouts)
@@ -199,16 +218,22 @@ def spawn(world_size: int, *args: Any) -> None:
     assert [process.exitcode for process in ranks] == [0] * world_size
 
 
-def assert_same_path(weights: dict[str, Tensor], others: dict[str, Tensor]) -> None:
-    """Weights after a few steps of 1e-3 agree to a twentieth of one, and most to much less (see `test_learner`)."""
-    assert weights.keys() == others.keys()
+def assert_same_path(
+    folder: Path, case: tuple[str, str], weights: dict[str, Tensor], others: dict[str, Tensor]
+) -> None:
+    """Weights after a few steps of 1e-3 are about as far apart as rounding puts them: Newton-Schulz, and AdamW where a
+    gradient is nearly nothing, make rounding errors larger, and of some parameters (the maps of a hyper-connection)
+    more than of others. So what another order of summation does in one process is the measure, by name."""
+    rounding = json.loads((folder / f"{case[0]}_{case[1]}_rounding.json").read_text())
+    assert weights.keys() == others.keys() == rounding.keys()
     for name, weight in weights.items():
-        if not name.startswith("model.layers.0.attn_hc."):
-            assert (others[name] - weight).abs().max() < 5e-5, name
+        assert (others[name] - weight).abs().max().item() < 4 * rounding[name] + 1e-6, (*case, name)
 
 
 def check_ranks(folder: Path, world_size: int, cases: list[Case], layouts: list[tuple[str, int]]) -> None:
     alone = (0, 1, 0)
+    for kind, optimizer in sorted({("moe", name) for name, _ in layouts} | {case[:2] for case in cases}):
+        measure_rounding(folder, kind, optimizer)
     save_layouts(folder, alone, layouts)
     spawn(world_size, folder, cases, layouts)
     load_layouts(folder, alone, layouts, saved_by=world_size)
@@ -219,13 +244,16 @@ def check_ranks(folder: Path, world_size: int, cases: list[Case], layouts: list[
         found = json.loads((folder / f"{name}.json").read_text())
         for one, two in zip(expected["metrics"], found["metrics"], strict=True):
             assert one.keys() == two.keys()
+            # Of the rank that loads most: among more ranks, each has fewer teachers.
+            assert two.pop("distill/head_loads", 0) <= one.pop("distill/head_loads", 0), name
             for key, value in one.items():
                 assert two[key] == pytest.approx(value, rel=1e-4, abs=1e-6), (name, key)
-        assert_same_path(load_file(folder / f"{one_process}.safetensors"), load_file(folder / f"{name}.safetensors"))
-        (whole,) = expected["held"]
-        assert sum(found["held"]) == whole, name  # each number once
+        whole, divided = (load_file(folder / f"{run}.safetensors") for run in (one_process, name))
+        assert_same_path(folder, (kind, optimizer), whole, divided)
+        (held,) = expected["held"]
+        assert sum(found["held"]) == held, name  # each number once
         if zero_stage > 0:
-            assert max(found["held"]) < 1.25 * whole / world_size, name
+            assert max(found["held"]) < 1.25 * held / world_size, name
 
 
 def test_two_ranks_do_what_one_does(folder: Path) -> None:

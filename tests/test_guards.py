@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 
 from opd.batching import MicroBatch, collate
 from opd.config import ModelConfig
-from opd.learner import Learner
+from opd.health import Health, Levels
+from opd.learner import Learner, merge_stats
 from opd.model import new_v4
+from opd.stats import StepStats
 from opd.types import Advantage, Demonstration, Group, VersionSpan
 from opd.weights import save_checkpoint
 from tests.test_learner import (
@@ -130,3 +132,41 @@ def test_a_gradient_that_is_not_finite_leaves_all_its_rows(model: ModelConfig, t
         trajectory.id for group in groups for trajectory in group.trajectories
     }
     assert not learner.step(plan_of(groups, demonstrations(groups)), {}).skipped
+
+
+def distance(one: Learner, other: Learner) -> float:
+    theirs = weights_of(other)
+    return math.sqrt(sum((weight - theirs[name]).square().sum().item() for name, weight in weights_of(one).items()))
+
+
+@pytest.mark.parametrize(("optimizer", "zero_stage"), [("adamw", 0), ("adamw", 1), ("muon", 0), ("muon", 2)])
+def test_a_gradient_that_explodes_is_clipped_told_and_when_it_overflows_skipped(
+    model: ModelConfig, optimizer: str, zero_stage: int
+) -> None:
+    """The plant multiplies the gradient by a factor in one step: the weights move no further than they would have."""
+    groups, health = make_groups(3), Health()
+
+    def learner_after(factors: list[float]) -> tuple[Learner, list[StepStats]]:
+        settings = settings_for(model, SFT, optimizer=optimizer, zero_stage=zero_stage, grad_clip=1e-3)
+        learner, factor = Learner(settings, Memory()), 1.0
+        stats: list[StepStats] = []
+        for parameter in learner.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(lambda gradient: gradient * factor)
+        for factor in factors:  # noqa: B007  the hooks read it
+            stats.append(learner.step(plan_of(groups, demonstrations(groups)), {}))
+        return learner, stats
+
+    calm = [1.0] * (Levels().window // 2)
+    learner, stats = learner_after([*calm, 1e6])
+    clipped, _ = learner_after([*calm, 1.0])
+    assert stats[-1].grad_norm > 1e5 * stats[-2].grad_norm and not stats[-1].skipped
+    before, _ = learner_after(calm)
+    assert distance(learner, clipped) < 0.01 * distance(clipped, before)
+    told = [{finding.rule for finding in health.check(step, merge_stats([s]))} for step, s in enumerate(stats)]
+    assert [("grad_norm_spike" in rules) for rules in told] == [False] * len(calm) + [True]
+
+    learner, stats = learner_after([*calm, math.inf])
+    (why,) = stats[-1].skipped
+    assert why in ("the gradient's norm is nan", "the gradient's norm is inf")
+    assert distance(learner, before) == 0
