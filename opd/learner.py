@@ -6,7 +6,8 @@ ranks and divides by nothing, so micro-batches, padding, teacher order and numbe
 holds one teacher head at a time and fetches each once per step (V4 report 5.2.2).
 
 Left out: what an engine is (`opd.engine`), who runs a rank and where (`opd.actors`), the order of work
-(`opd.batching`), the losses (`opd.objective`), what teachers sent (`opd.fetch`), files (`opd.state`).
+(`opd.batching`), what a micro-batch is to the model (`opd.prepare`), the losses (`opd.objective`), what teachers sent
+(`opd.fetch`), files (`opd.state`).
 """
 
 from __future__ import annotations
@@ -28,23 +29,24 @@ from torch import Tensor
 
 from opd import guards
 from opd.adapter import adapter_weights, add_adapters, base_hash, load_adapter, merged, save_adapter
-from opd.batching import Batch, MicroBatch, Plan, collate, collate_tokens
+from opd.batching import MicroBatch, Plan, collate_tokens
 from opd.compute import multiply_in_bfloat16, recompute_layers
 from opd.config import ConfigError, GrpoConfig, LearnerConfig, ModelConfig, StageConfig, check_zero
 from opd.engine import Engine, loading_divided
 from opd.fetch import Fetcher
 from opd.group import Host, failing_together, join
-from opd.losses import sampler_gap, token_logprobs
+from opd.losses import sampler_gap
 from opd.memory import keep_freed_memory
 from opd.model import DeepseekV4, HubModel, load_model
-from opd.objective import Distill, Imitate, Objective, Policy, Reinforce, Work
+from opd.objective import Imitate, Objective, Policy, Work
+from opd.prepare import Preparer, StepCounts
 from opd.schedule import learning_rate_at as learning_rate_at
 from opd.schedule import mtp_weight_at as mtp_weight_at
 from opd.state import HeldWeights, SavedState, Writer, write_description, write_rank
 from opd.stats import StepStats, add_gap, record
 from opd.stats import merge_stats as merge_stats  # what ranks return is read with it
 from opd.stored import stored_tensors
-from opd.types import Advantage, Demonstration, Store, TeacherHead, TeacherHidden, TeacherLogprobs, WeightSnapshot
+from opd.types import Store, TeacherHead, TeacherHidden, WeightSnapshot
 from opd.weights import save_checkpoint, snapshot_of
 
 if TYPE_CHECKING:
@@ -119,9 +121,9 @@ class Learner:
             add_adapters(model, settings.model.lora, settings.model.path or "")
         if learner.precision == "bf16":
             multiply_in_bfloat16(model)
-        self._reference: Policy | None = None
+        reference: Policy | None = None
         if isinstance(stage, GrpoConfig) and stage.kl_coefficient > 0:
-            self._reference = copy.deepcopy(model).requires_grad_(False)
+            reference = copy.deepcopy(model).requires_grad_(False)
         self._mtp = model.mtp if isinstance(model, DeepseekV4) and len(model.mtp) else None
         self._trains_mtp = self._mtp is not None and stage.mtp_weight > 0
         if self._mtp is not None and not self._trains_mtp:
@@ -129,10 +131,13 @@ class Learner:
         self._no_load = _no_load(model, self._trains_mtp).to(settings.device)
         vocab_size = getattr(model.head, "ds_shape", model.head.shape)[0]
         self._fetcher = Fetcher(self._store, settings.device, vocab_size=vocab_size, tile_vocab=learner.kl_tile_vocab)
-        self._objective = Objective(model, stage, learner)
+        self._preparer = Preparer(
+            self._fetcher, reference, stage, learner, total_steps=settings.total_steps, device=settings.device
+        )
+        objective = Objective(model, stage, learner)
         if learner.activation_checkpointing:
             recompute_layers(model)
-        self._engine = Engine(self._objective, learner, stage.learning_rate, settings.device)
+        self._engine = Engine(objective, learner, stage.learning_rate, settings.device)
         self._step = 0
         self._version: int | None = None  # of the present weights, known once they were published
         self._num_skipped = self._skipped_in_a_row = self._num_dumps = 0
@@ -173,9 +178,8 @@ class Learner:
             guards.check_same_plan(plan, self._step)
         rate = learning_rate_at(self._step, stage, settings.total_steps)
         stats = StepStats(num_loss_tokens=plan.num_loss_tokens, learning_rate=rate)
-        if self._trains_mtp:
-            items = (item for rank in plan.ranks for micro_batch in rank for item in micro_batch.items)
-            stats.num_mtp_tokens = sum(int(item.trajectory.loss_mask[2:].sum()) for item in items)
+        counts = StepCounts.of(plan, self._step, trains_mtp=self._trains_mtp)
+        stats.num_mtp_tokens = counts.num_mtp_tokens or 0
         load = self._no_load.clone()
         problems: list[str] = []
         head: Tensor | None = None
@@ -188,9 +192,9 @@ class Learner:
                     stats.head_loads += 1
             is_last = index == len(batches) - 1
             if micro_batch.items:
-                load += self._learn_from(micro_batch, head, plan, stats, problems, is_last)
+                load += self._learn_from(micro_batch, head, counts, stats, problems, is_last)
             else:  # the collectives of the other ranks need their partner
-                work = self._idle_work(plan, stats) if self._engine.divides_weights else None
+                work = self._preparer.idle_work(counts) if self._engine.divides_weights else None
                 loss, _ = self._engine.forward(work, is_last=is_last)
                 self._engine.backward(loss)
         head = None
@@ -204,16 +208,16 @@ class Learner:
         self,
         micro_batch: MicroBatch,
         head: Tensor | None,
-        plan: Plan,
+        counts: StepCounts,
         stats: StepStats,
         problems: list[str],
         is_last: bool,
     ) -> Tensor:
         """Forward, backward and numbers of one micro-batch; returns its expert load. Holds on to nothing."""
-        work = self._work(micro_batch, head, plan, stats.num_mtp_tokens)
+        work = self._preparer.work(micro_batch, head, counts)
         loss, outcome = self._engine.forward(work, is_last=is_last)
         assert outcome is not None
-        record(stats, micro_batch, work, outcome, plan.num_rows)
+        record(stats, micro_batch, work, outcome, counts.num_rows)
         if not isinstance(work.task, Imitate) and self.settings.stage.temperature > 0:
             add_gap(stats.gap, sampler_gap(outcome.logprobs, work.batch.sampler_logprobs))
         if not math.isfinite(loss.item()):
@@ -227,57 +231,6 @@ class Learner:
             loss = loss * math.nan  # so that all ranks see it in the norm of the gradient
         self._engine.backward(loss)
         return outcome.expert_load.to(self.settings.device)
-
-    def _work(self, micro_batch: MicroBatch, head: Tensor | None, plan: Plan, num_mtp_tokens: int) -> Work:
-        device, items = self.settings.device, micro_batch.items
-        batch = collate([item.trajectory for item in items], pad_id=0)
-        signals = [item.signal for item in items]
-        row_weights = torch.tensor([item.weight / plan.num_loss_tokens for item in items])
-        weights = row_weights[batch.rows].to(device)
-        row_values = torch.tensor([signal.value if isinstance(signal, Advantage) else 0.0 for signal in signals])
-        advantages = row_values[batch.rows].to(device)
-        batch = batch.to(device)
-        match signals[0]:
-            case Demonstration():
-                task = Imitate()
-            case Advantage():
-                task = Reinforce(advantages=advantages, reference_logprobs=self._reference_logprobs(batch))
-            case TeacherHidden():
-                assert head is not None
-                task = Distill(hidden=self._fetcher.hidden(micro_batch, head), head=head)
-            case TeacherLogprobs():
-                task = self._fetcher.logprobs(micro_batch)
-        stage = self.settings.stage
-        indexing = "dense" if self._step < stage.indexer_dense_steps else "sparse"
-        return Work(
-            batch=batch,
-            task=task,
-            weights=weights,
-            balance_weight=self.settings.learner.balance_loss / plan.num_rows,
-            index_weight=stage.indexer_loss / plan.num_rows,
-            indexing=indexing if stage.indexer_loss > 0 else "off",
-            mtp_weight=self._mtp_weight(num_mtp_tokens),
-        )
-
-    def _mtp_weight(self, num_mtp_tokens: int) -> float:
-        if not self._trains_mtp:
-            return 0.0
-        return mtp_weight_at(self._step, self.settings.stage, self.settings.total_steps) / max(1, num_mtp_tokens)
-
-    def _idle_work(self, plan: Plan, stats: StepStats) -> Work:
-        """Two tokens that weigh nothing, for a rank that gathers weights with the others and has no rows left."""
-        batch = collate_tokens([[0, 0]]).to(self.settings.device)
-        weights = torch.zeros(1, device=self.settings.device)
-        mtp_weight = self._mtp_weight(stats.num_mtp_tokens)
-        return Work(batch=batch, task=Imitate(), weights=weights, balance_weight=0.0, mtp_weight=mtp_weight)
-
-    @torch.no_grad()
-    def _reference_logprobs(self, batch: Batch) -> Tensor | None:
-        if self._reference is None:
-            return None
-        hidden = self._reference(batch.token_ids, batch.lengths).hidden[batch.rows, batch.positions]
-        temperature, tiles = self.settings.stage.temperature, self._objective.tiles
-        return token_logprobs(hidden, self._reference.head, batch.targets, temperature=temperature, **tiles)[0]
 
     def _update(self, stats: StepStats, batches: Sequence[MicroBatch], load: Tensor, problems: list[str]) -> None:
         """Steps the optimizer and the selection bias; or skips the step, on all ranks alike."""
@@ -333,11 +286,8 @@ class Learner:
         """Log-probabilities of every token of the prompts but their first ones, float32, prompt by prompt: what a
         worker that holds these weights says of them too, if both compute in FP32."""
         batch = collate_tokens(prompts).to(self.settings.device)
-        weights = torch.zeros(len(batch.rows), device=self.settings.device)
         with torch.no_grad():
-            _, outcome = self._engine.forward(
-                Work(batch=batch, task=Imitate(), weights=weights, balance_weight=0.0), is_last=True
-            )
+            _, outcome = self._engine.forward(self._preparer.probe_work(batch), is_last=True)
         assert outcome is not None
         return outcome.logprobs.float().cpu().numpy()
 
