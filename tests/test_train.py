@@ -575,13 +575,15 @@ class Assassin:
 
         patch.setattr(runtime, "spawn", spawning)
 
-    def strike(self, name: str, number: signal.Signals) -> None:
+    def process_of(self, name: str) -> int:
         import opd.actors
 
         actor = self.actors[name]
         reference = actor.handle.__ray_call__.remote(lambda process: os.getpid())
-        pid = opd.actors._RayFuture(actor.built, reference, name, "getpid").result(60)
-        os.kill(pid, number)
+        return opd.actors._RayFuture(actor.built, reference, name, "getpid").result(60)
+
+    def strike(self, name: str, number: signal.Signals) -> None:
+        os.kill(self.process_of(name), number)
 
 
 def struck(
@@ -645,6 +647,32 @@ def test_a_dead_rank_of_two(world: World, ray_cluster: Runtime, tmp_path: Path) 
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_dies_while_they_meet(rank: int, world: World, ray_cluster: Runtime, tmp_path: Path) -> None:
+    config = world.config_of(steps=2)
+    config.learner = dataclasses.replace(config.learner, num_ranks=2)
+    reference = world.train(tmp_path / "unbroken" / "sft", "sft", ray_cluster, config)
+    on_all_ranks, strikes = Crew.on_all_ranks, iter([0.1, 0.5])  # seconds into the first two meetings
+    with pytest.MonkeyPatch.context() as patch:
+        assassin = Assassin(patch, ray_cluster)
+
+        def meeting(crew: Crew, method: str, *args: Any) -> list[Any]:
+            if method == "join" and (wait := next(strikes, None)) is not None:
+                victim = assassin.process_of(f"learner rank {rank}")
+                threading.Timer(wait, os.kill, (victim, signal.SIGKILL)).start()
+            return on_all_ranks(crew, method, *args)
+
+        patch.setattr(Crew, "on_all_ranks", meeting)
+        started = time.monotonic()
+        folder = world.train(tmp_path / "struck" / "sft", "sft", ray_cluster, config)
+    same(folder, reference)
+    found = findings(folder, restarts=True)
+    assert [finding["subject"] for finding in found] == [f"learner rank {rank}"] * 2
+    assert time.monotonic() - started < 2 * opd.crew.GRACE_SECONDS  # which a rank that waits in vain costs
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_dies_between_two_stages_is_not_missed(
     rank: int, world: World, ray_cluster: Runtime, tmp_path: Path
 ) -> None:
@@ -664,7 +692,7 @@ def test_a_rank_that_dies_between_two_stages_is_not_missed(
     second = world.train(tmp_path / "second" / "sft", "sft", ray_cluster, config)
     same(second, first)
     assert findings(second, restarts=True) == []
-    assert time.monotonic() - started < opd.crew.GRACE_SECONDS
+    assert time.monotonic() - started < 2 * opd.crew.GRACE_SECONDS  # which a rank that waits in vain costs
 
 
 @pytest.mark.ray
