@@ -49,6 +49,14 @@ def main() -> None:
     except ConfigError as error:
         print(f"opd {arguments.command}: {error}", file=sys.stderr)
         sys.exit(2)
+    except RuntimeError as error:
+        from teachers.remote import TeacherError
+
+        if not isinstance(error, TeacherError):
+            raise
+        again = f"To go on when that is mended:\n{_resuming(sys.argv[1:])}"
+        print(f"opd {arguments.command}: {error}\n{again}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         print(f"opd {arguments.command}: interrupted", file=sys.stderr)
         sys.exit(130)

@@ -217,6 +217,9 @@ class PoolConfig:
     # Of teachers whose scores cannot be right. refuse: the run does not start | warn | off: they are not examined.
     examine: str = "refuse"
     allow_changed: bool = False  # resume with other weights under a teacher's old name
+    # For which a step's rollouts are kept and asked about again when no server of a remote teacher answers, after all
+    # its max_retries; 0: the run ends at once.
+    patience_seconds: float = 600.0
 
 
 @dataclass
@@ -477,9 +480,7 @@ def check_config(config: Config) -> None:
     for name, teacher in config.teachers.items():
         _check_name(f"teachers.{name}", name)
         _check_teacher(f"teachers.{name}", teacher)
-    at_least("pool.weight_bytes", config.pool.weight_bytes, 1)
-    at_least("pool.hidden_bytes", config.pool.hidden_bytes, 0)
-    one_of("pool.examine", config.pool.examine, ("refuse", "warn", "off"))
+    _check_pool(config)
     _check_rollout(config)
     _check_learner(config.learner, config.model.max_tokens)
     _check_runtime(config)
@@ -588,6 +589,23 @@ def _check_teacher(key: str, teacher: TeacherConfig) -> None:
     above(f"{key}.remote.timeout_seconds", remote.timeout_seconds, 0)
     if remote.server == "sglang":
         unset(f"{key}.remote.model", remote.model, None, "a server of sglang has one model")
+
+
+def _check_pool(config: Config) -> None:
+    at_least("pool.weight_bytes", config.pool.weight_bytes, 1)
+    at_least("pool.hidden_bytes", config.pool.hidden_bytes, 0)
+    at_least("pool.patience_seconds", config.pool.patience_seconds, 0)
+    one_of("pool.examine", config.pool.examine, ("refuse", "warn", "off"))
+    limit = config.runtime.deadlines.get("score", config.runtime.timeout_seconds)
+    for name, teacher in config.teachers.items():
+        remote = teacher.remote
+        longest = (remote.max_retries + 1) * remote.timeout_seconds
+        if teacher.family == "remote" and longest >= limit:
+            raise ConfigError(
+                f"teachers.{name}.remote: {remote.max_retries} max_retries after a first attempt, each of "
+                f"timeout_seconds={remote.timeout_seconds:g}, take {longest:g} s, and after {limit:g} s a teacher host "
+                "is taken for hanging (runtime.deadlines: {score: ...}, or runtime.timeout_seconds)"
+            )
 
 
 def _check_rollout(config: Config) -> None:

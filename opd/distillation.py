@@ -25,6 +25,9 @@ from opd.estimators import sampled_divergence, topk_divergence
 from opd.logits import TileSizes
 from opd.losses import likeliest, token_logprobs
 
+OVERLAP = 16  # likeliest tokens of student and teacher that are compared
+OVERLAP_TOKENS = 64  # of a micro-batch, on which they are: sorting a vocabulary costs as much as the loss
+
 
 @dataclass(slots=True, kw_only=True)
 class Distill:
@@ -165,5 +168,22 @@ def _look(
         "distill/student_entropy": seen.student_entropy,
         "distill/teacher_entropy": seen.teacher_entropy,
         "distill/top1_agreement": seen.top1_agree,
+        "distill/top16_overlap": _overlap(task, hidden, head, tiles),
     }
     return _Seen(ids, seen.student_logprobs, seen.teacher_logprobs), seen, mixture, per_token
+
+
+@torch.no_grad()
+def _overlap(task: Distill, hidden: Tensor, head: Tensor, tiles: TileSizes) -> Tensor:
+    """Share [N] of the student's 16 likeliest tokens that are the teacher's too. Of more than `OVERLAP_TOKENS` tokens
+    so many are looked at, evenly spread, and each stands for those up to the next."""
+    num = len(hidden)
+    looked_at = min(num, OVERLAP_TOKENS)
+    if not looked_at:
+        return hidden.new_zeros(0)
+    numbers = torch.arange(looked_at, device=hidden.device)
+    rows = (numbers * num + looked_at - 1) // looked_at
+    k = min(OVERLAP, len(head))
+    mine, theirs = likeliest(hidden[rows], head, k, **tiles), likeliest(task.hidden[rows], task.head, k, **tiles)
+    shared = (mine[:, :, None] == theirs[:, None, :]).any(dim=-1).float().mean(dim=-1)
+    return shared[torch.arange(num, device=hidden.device) * looked_at // num]

@@ -140,16 +140,18 @@ def compare(
 ) -> dict[str, Any]:
     """base and student on every domain, each teacher on its own, and recovery = (student - base) / (teacher - base).
 
-    A domain served by several teachers is compared with the one of the largest weight. Returns the summary that
+    A domain served by several teachers is compared with the one of the largest weight. A remote teacher only scores
+    what others wrote: where there is no other, accuracy and recovery are left out. Returns the summary that
     `opd.report` reads, without the fields that only the caller knows.
     """
     routes = teacher_routes(config)
-    teacher_of = {name: max(routes[name], key=lambda part: part[1])[0] for name in domains}
+    is_remote = {name: teacher.family == "remote" for name, teacher in config.teachers.items()}
+    teacher_of = {name: max(routes[name], key=lambda part: (not is_remote[part[0]], part[1]))[0] for name in domains}
     jobs: list[tuple[str, ModelConfig, dict[str, Domain]]] = [
         ("base", replace(config.model, path=base), dict(domains)),
         ("student", replace(config.model, path=student), dict(domains)),
     ]
-    for name in dict.fromkeys(teacher_of.values()):
+    for name in dict.fromkeys(name for name in teacher_of.values() if not is_remote[name]):
         served = {domain: domains[domain] for domain in domains if teacher_of[domain] == name}
         jobs.append((f"teacher {name}", _teacher_model(config.model, config.teachers[name]), served))
     scores: dict[str, dict[str, Score]] = {}
@@ -164,17 +166,15 @@ def compare(
             temperature=config.eval.temperature,
             max_new_tokens=config.rollout.sampling.max_new_tokens,
         )
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     for name in domains:
         base_score, student_score = scores["base"][name], scores["student"][name]
-        teacher_score = scores[f"teacher {teacher_of[name]}"][name]
-        rows[name] = {
-            "teacher_name": teacher_of[name],
-            "base": base_score.as_dict(),
-            "teacher": teacher_score.as_dict(),
-            "student": student_score.as_dict(),
-            "recovery": recovery(base_score.pass_at_1, teacher_score.pass_at_1, student_score.pass_at_1),
-        }
+        rows[name] = {"teacher_name": teacher_of[name], "base": base_score.as_dict(), "recovery": None}
+        if not is_remote[teacher_of[name]]:
+            score = scores[f"teacher {teacher_of[name]}"][name]
+            rows[name]["teacher"] = score.as_dict()
+            rows[name]["recovery"] = recovery(base_score.pass_at_1, score.pass_at_1, student_score.pass_at_1)
+        rows[name]["student"] = student_score.as_dict()
     return summarize(config, rows, min(len(domain.eval) for domain in domains.values()))
 
 

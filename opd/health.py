@@ -535,18 +535,21 @@ def check_teacher(teacher: str, numbers: Mapping[str, float], levels: Levels | N
 def check_recovery(summary: Mapping[str, Any], levels: Levels | None = None) -> list[Finding]:
     """Judges the final evaluation.
 
-    `summary` has, per domain, `teacher_name`, the accuracies `base`, `teacher` and `student` under "pass@1", and
-    `recovery` = (student - base) / (teacher - base), or None where the teacher is less than `teacher_margin` better
-    than the base; `eval.prompts_per_domain` sets the noise that a loss against the base must exceed.
+    `summary` has, per domain, `teacher_name`, the accuracies `base`, `teacher` and `student` under "pass@1" (`teacher`
+    only where it can sample), and `recovery` = (student - base) / (teacher - base), or None where the teacher is less
+    than `teacher_margin` better than the base; `eval.prompts_per_domain` sets the noise that a loss against the base
+    must exceed.
     """
     levels = levels or Levels()
     num_prompts = max(int(summary.get("eval", {}).get("prompts_per_domain") or 1), 1)
     findings: list[Finding] = []
     recoveries: dict[str, float] = {}
     for domain, row in summary["domains"].items():
-        base, teacher, student = (float(row[model]["pass@1"]) for model in ("base", "teacher", "student"))
+        base, student = (float(row[model]["pass@1"]) for model in ("base", "student"))
+        teacher = float(row["teacher"]["pass@1"]) if "teacher" in row else None
         name, recovery = row["teacher_name"], row["recovery"]
-        seen = f"domain {domain}: base {base:.3f}, teacher {name} {teacher:.3f}, student {student:.3f}"
+        known = "" if teacher is None else f" {teacher:.3f}"
+        seen = f"domain {domain}: base {base:.3f}, teacher {name}{known}, student {student:.3f}"
         advice = (
             f"Teacher {name} seems to be the wrong teacher for domain {domain}: check teachers.{name}.path and "
             f"teachers.{name}.domains, and evaluate the teacher alone on {domain}"
@@ -567,7 +570,7 @@ def check_recovery(summary: Mapping[str, Any], levels: Levels | None = None) -> 
             )
             message += f"than {loss:.3f}). {advice}"
             findings.append(Finding(rule="recovery_collapsed", severity="error", subject=domain, message=message))
-        elif recovery is None:
+        elif recovery is None and teacher is not None:
             message = (
                 f"{seen}: the teacher is {teacher - base:+.3f} against the base, less than {levels.teacher_margin}, so "
                 f"there is nothing to recover. Train {name} longer, or check that it is the teacher meant for {domain}"

@@ -55,6 +55,8 @@ CATALOGUE: dict[str, str] = {
     "distill/student_entropy/<domain>": "entropy of the student's next-token distribution, mean [nats/token]",
     "distill/teacher_entropy/<domain>": "entropy of the teacher's next-token distribution, mean [nats/token]",
     "distill/top1_agreement/<domain>": "share of positions where student and teacher have the same arg-max [0-1]",
+    "distill/top16_overlap/<domain>": "share of the student's 16 likeliest tokens that are also the teacher's, mean of "
+    "up to 64 tokens of a micro-batch [0-1]",
     "distill/kl_to_reference/<domain>": "KL(student || the policy that distillation started from) [nats/token]",
     "distill/topk_student_mass/<domain>": "probability of the teacher's top k tokens under the student, mean [0-1]",
     "distill/topk_teacher_mass/<domain>": "the same under the teacher; low means that k is too small [0-1]",
@@ -69,6 +71,9 @@ CATALOGUE: dict[str, str] = {
     "teacher/<teacher>/tokens": "loss tokens this teacher scored [tokens]",
     "teacher/<teacher>/token_share": "its share of all scored tokens [0-1]",
     "teacher/<teacher>/reverse_kl": "KL(student || this teacher), mean of its tokens [nats/token]",
+    "teacher/<teacher>/student_entropy": "entropy of the student where this teacher judges it, mean [nats/token]",
+    "teacher/<teacher>/teacher_entropy": "entropy of the teacher there (remote teachers: not known) [nats/token]",
+    "teacher/<teacher>/top16_overlap": "share of the 16 likeliest tokens that both have there [0-1]",
     "teacher/<teacher>/score_seconds": "time it took to score [s]",
     "teacher/<teacher>/load_seconds": "time to bring its weights into memory [s]",
     "teacher/<teacher>/wait_seconds": "the part of it that scoring had to wait for [s]",

@@ -49,6 +49,7 @@ from opd.stop import Stop
 from opd.train import train
 from opd.weights import load_model_config, resolve_checkpoint, save_checkpoint
 from teachers.pool import check_teachers
+from teachers.shelf import expected_bytes
 
 log = logging.getLogger(__name__)
 
@@ -204,7 +205,7 @@ def run_quickstart(config: Config, runtime: Runtime, stop: Stop | None = None) -
     teacher_routes(config)
     made = {os.path.abspath(os.path.join(config.run.dir, name, "hf")) for name in specialists.values()}
     for name, teacher in config.teachers.items():
-        if os.path.abspath(teacher.path) not in made:
+        if teacher.family != "remote" and os.path.abspath(teacher.path) not in made:
             _existing(teacher.path, teacher.revision, f"it is teachers.{name}.path, and no specialist of this run")
     total = 3 + len(config.data.domains)
 
@@ -235,9 +236,10 @@ def _survey(config: Config) -> tuple[Chat, dict[str, Domain], list[str]]:
     path = _existing(base_path(config), config.model.revision, "run `opd base` first, or set model.path")
     chat = student_chat(config)
     vocab_size = int(load_model_config(path, config.model.revision).get_text_config().vocab_size)
-    teachers = check_teachers(chat, vocab_size, config.teachers)
+    teachers = check_teachers(chat, vocab_size, config.teachers, config.model.max_tokens)
     for name, teacher in config.teachers.items():
-        _existing(teacher.path, teacher.revision, f"it is teachers.{name}.path")
+        if teacher.family != "remote":
+            _existing(teacher.path, teacher.revision, f"it is teachers.{name}.path")
     if difference := tokenizer_difference(chat, Chat.load(path, config.model.revision)):
         raise ConfigError(f"model.tokenizer and the tokenizer beside {path} differ: {difference}")
     give_back_freed_memory()  # of the tokenizers that were compared
@@ -257,22 +259,16 @@ def memory_estimate(config: Config) -> list[str]:
     per_parameter = 16 if config.learner.optimizer.name == "adamw" else 12  # master, gradient, one or two moments
     shards = config.learner.num_ranks if config.learner.zero_stage else 1
     learner = student // 4 * (8 + (per_parameter - 8) / shards) + student
-    resident: dict[tuple[str, str | None], int] = {}
-    largest_on_disk = 0
-    for teacher in config.teachers.values():
-        size = _weight_bytes(teacher.path, teacher.revision)
-        if teacher.residency == "host":
-            resident[(teacher.path, teacher.revision)] = size
-        else:
-            largest_on_disk = max(largest_on_disk, size)
-    teachers = sum(resident.values()) + largest_on_disk
+    staying, coming = expected_bytes(config.teachers)
+    at_once = min(len(coming), 2 if config.pool.prefetch else 1)
+    teachers = sum(staying) + at_once * max(coming, default=0)
     worker = 2 * student  # the policy, and the snapshot it is loaded from
     total = learner * config.learner.num_ranks + worker * config.rollout.num_workers + teachers
     lines = [
         "memory for weights and optimizer, without activations:",
         f"  learner      {config.learner.num_ranks} x {_size(learner)}",
         f"  rollout      {config.rollout.num_workers} x {_size(worker)}",
-        f"  teachers     {_size(teachers)} ({len(resident)} resident, disk-resident ones one at a time)",
+        f"  teachers     {_size(teachers)} ({len(staying)} that stay, {at_once} at a time of {len(coming)} on disk)",
         f"  in all       {_size(total)} of {_size(psutil.virtual_memory().total)} on this machine",
     ]
     if total > psutil.virtual_memory().total:

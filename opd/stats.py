@@ -16,6 +16,7 @@ from opd.batching import MicroBatch
 from opd.objective import Outcome, Work
 
 OVERALL = ("distill/reverse_kl", "grpo/clip_share", "grpo/kl_to_reference")  # means over all domains together
+OF_A_TEACHER = ("reverse_kl", "student_entropy", "teacher_entropy", "top16_overlap")
 
 
 @dataclass(slots=True, kw_only=True)
@@ -116,7 +117,9 @@ def merge_stats(ranks: Sequence[StepStats]) -> dict[str, float]:
     for teacher, sums in teachers.items():
         metrics[f"teacher/{teacher}/tokens"] = sums.tokens
         metrics[f"teacher/{teacher}/token_share"] = sums.tokens / sum(other.tokens for other in teachers.values())
-        metrics[f"teacher/{teacher}/reverse_kl"] = sums.totals["distill/reverse_kl"] / sums.weight
+        for name in OF_A_TEACHER:
+            if (total := sums.totals.get(f"distill/{name}")) is not None:
+                metrics[f"teacher/{teacher}/{name}"] = total / sums.weight
     if teachers:
         metrics["distill/head_loads"] = max(rank.head_loads for rank in ranks)
     gap: dict[str, float] = {}

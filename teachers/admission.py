@@ -30,13 +30,15 @@ log = logging.getLogger(__name__)
 # ---- before anything is loaded ---------------------------------------------------------------------------------------
 
 
-def check_teachers(student_chat: Chat, student_vocab_size: int, teachers: Mapping[str, TeacherConfig]) -> list[str]:
+def check_teachers(
+    student_chat: Chat, student_vocab_size: int, teachers: Mapping[str, TeacherConfig], max_tokens: int = 0
+) -> list[str]:
     """Compares every teacher with the student before anything is loaded; one line of description per teacher.
 
     Distillation compares two distributions over the same ids, so each teacher must have the student's tokenizer, by
     content, and a row of its output head for each entry of it. Rows beyond those, which pad a vocabulary, are cut on
     both sides. Raises ConfigError naming teachers.<name>.path and the first difference; for a remote teacher also when
-    its server does not answer, or encodes the same prompt otherwise.
+    its server does not answer, encodes the same prompt otherwise, or takes no trajectory of `max_tokens`.
     """
     entries = student_chat.vocab_size
     if student_vocab_size < entries:
@@ -50,7 +52,7 @@ def check_teachers(student_chat: Chat, student_vocab_size: int, teachers: Mappin
         if teacher.family == "remote":
             assert teacher.tokenizer is not None  # or the configuration was refused
             _check_tokenizer(key, name, teacher, student_chat, teacher.tokenizer)
-            descriptions.append(f"{name}: {_greeted(key, name, teacher, student_chat)}")
+            descriptions.append(f"{name}: {_greeted(key, name, teacher, student_chat, max_tokens)}")
             continue
         try:
             folder = resolve_checkpoint(teacher.path, teacher.revision)
@@ -90,16 +92,21 @@ def _check_tokenizer(key: str, name: str, teacher: TeacherConfig, student_chat: 
         )
 
 
-def _greeted(key: str, name: str, teacher: TeacherConfig, student_chat: Chat) -> str:
-    """Asks the server to encode a prompt, and says what it is."""
+def _greeted(key: str, name: str, teacher: TeacherConfig, student_chat: Chat, max_tokens: int) -> str:
+    """Asks the server to encode a prompt and how long one may be, and says what it is."""
     text = student_chat.render([{"role": "user", "content": "What is 1234 + 5?"}], student_chat.efforts[-1])
     remote = RemoteTeacher(name, teacher)
     try:
-        ids = remote.tokenize(text)
+        ids, room = remote.tokenize(text), remote.max_model_len()
     except TeacherError as error:
         raise ConfigError(f"{key}: {error}") from None
     finally:
         remote.close()
+    if room is not None and room <= max_tokens:
+        raise ConfigError(
+            f"{key}: its server takes {room} tokens, completion included, and asks for one of those; trajectories of "
+            f"model.max_tokens={max_tokens} need {max_tokens + 1}: start it with a larger --max-model-len"
+        )
     expected = student_chat.encode_text(text)
     if ids is not None and ids != expected:
         at = next(

@@ -10,6 +10,8 @@ sorting micro-batches for the learner (`opd.batching`).
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,12 +23,16 @@ from opd.config import Config, TeacherConfig, teacher_routes
 from opd.types import Actor, Future, Group, TeacherHead, TeacherHidden, TeacherLogprobs, Trajectory
 from teachers.admission import check_teachers as check_teachers  # known under this module too
 from teachers.local import TeacherHost
+from teachers.remote import TeacherAway
 from teachers.shelf import checkpoint_of
 from teachers.store import HiddenStore
 
 if TYPE_CHECKING:
     from opd.actors import Runtime
 
+log = logging.getLogger(__name__)
+
+PAUSE_SECONDS = 5.0  # before the pool asks again for a teacher that was away
 Scored = TeacherHidden | TeacherLogprobs
 
 
@@ -43,9 +49,10 @@ class TeacherPool:
         routes: dict[str, tuple[tuple[str, float], ...]],
         placement: dict[str, int],
         timeout_seconds: float | None = None,
+        patience_seconds: float = 0.0,
     ) -> None:
         """`routes`: domain -> ((teacher, weight), ...), as `opd.config.teacher_routes` gives it. `placement`:
-        teacher -> index of the host that holds it, as `place` gives it."""
+        teacher -> index of the host that holds it, as `place` gives it. `patience_seconds` as in `PoolConfig`."""
         for domain, served_by in routes.items():
             for teacher, _ in served_by:
                 if teacher not in placement:
@@ -59,6 +66,7 @@ class TeacherPool:
         self._routes = routes
         self._placement = placement
         self._timeout_seconds = timeout_seconds
+        self._patience_seconds = patience_seconds
         self._unclaimed: dict[tuple[str, float, str, bytes], Scored] = {}  # of a scoring that failed elsewhere
 
     def score(self, groups: Sequence[Group]) -> list[list[tuple[Scored, ...]]]:
@@ -66,8 +74,20 @@ class TeacherPool:
 
         Raises ValueError for a trajectory of a domain that no teacher serves, before any work is handed out, and else
         what a host raised first, once all have answered. Nothing is lost then: the groups may be scored again, and what
-        other teachers said of them is not asked twice.
+        other teachers said of them is not asked twice. A remote teacher that is away is asked again for
+        `patience_seconds` before that.
         """
+        ends = time.monotonic() + self._patience_seconds
+        while True:
+            try:
+                return self._score(groups)
+            except TeacherAway as error:
+                if time.monotonic() + PAUSE_SECONDS > ends:
+                    raise
+                log.warning("%s; the rollouts of the step wait for it, and it is asked again", error)
+            time.sleep(PAUSE_SECONDS)
+
+    def _score(self, groups: Sequence[Group]) -> list[list[tuple[Scored, ...]]]:
         flat = [trajectory for group in groups for trajectory in group.trajectories]
         signals: list[dict[str, Scored]] = [{} for _ in flat]
         work: dict[tuple[str, float], list[int]] = {}
@@ -89,7 +109,8 @@ class TeacherPool:
             try:
                 scored = future.result(self._timeout_seconds)
             except Exception as error:  # all hosts are waited for: what they say is kept for the next attempt
-                failure = failure or error
+                if failure is None or isinstance(failure, TeacherAway):  # which may pass, and another failure does not
+                    failure = error
                 continue
             for index, signal in zip(indices, scored, strict=True):
                 signals[index][teacher] = signal
@@ -197,7 +218,7 @@ def hire_teachers(
                 num_gpus=0.0 if is_remote else config.runtime.gpus_per_teacher,
             )
         )
-    return hosts, TeacherPool(hosts, routes, placement, timeout_seconds)
+    return hosts, TeacherPool(hosts, routes, placement, timeout_seconds, pool.patience_seconds)
 
 
 def place(teachers: dict[str, TeacherConfig], num_hosts: int, work: dict[str, float] | None = None) -> dict[str, int]:

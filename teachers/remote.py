@@ -45,6 +45,10 @@ class TeacherError(RuntimeError):
     """A remote teacher has not answered, or not with log-probabilities. The trajectories may be scored again."""
 
 
+class TeacherAway(TeacherError):
+    """None of its servers has answered as it should, and another time one may."""
+
+
 class _Bad(Exception):
     """One attempt failed; `is_final`: so would another on this server; `pause_seconds`: what the server asks for."""
 
@@ -154,6 +158,18 @@ class RemoteTeacher:
         ids = answer.get("tokens")
         return tuple(ids) if isinstance(ids, list) and all(type(token) is int for token in ids) else None
 
+    def max_model_len(self) -> int | None:
+        """Tokens of prompt and completion together that every replica takes; None where they do not say. Raises
+        TeacherError when one does not answer."""
+        found: list[int] = []
+        for url in self._urls if self._remote.server == "vllm" else ():
+            try:
+                served = self._served(url)
+            except _Bad as bad:
+                raise TeacherError(f"teacher {self.name!r}: {url} does not answer: {bad}") from None
+            found += [room for entry in served if type(room := entry.get("max_model_len")) is int]
+        return min(found, default=None)
+
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
         self._client.close()
@@ -202,7 +218,7 @@ class RemoteTeacher:
                     pause = max(FIRST_PAUSE_SECONDS * 2**attempt, bad.pause_seconds)
                     time.sleep(min(pause, LONGEST_PAUSE_SECONDS))
         seen = "; ".join(dict.fromkeys(failures))
-        raise TeacherError(
+        raise (TeacherAway if urls else TeacherError)(
             f"teacher {self.name!r} could not score {subject} in {len(failures)} attempts: {seen}"
         ) from None
 
@@ -239,14 +255,18 @@ class RemoteTeacher:
         if self._remote.model is not None:
             return self._remote.model
         if url not in self._models:
-            served = self._exchange("GET", f"{url}/models", None).get("data")
-            names = [entry.get("id") for entry in served if isinstance(entry, dict)] if isinstance(served, list) else []
+            names = [entry.get("id") for entry in self._served(url)]
             if len(names) != 1 or not isinstance(names[0], str):
                 shown = ", ".join(map(str, names)) or "none"
                 why = f"serves {len(names)} models ({shown}); name one in teachers.{self.name}.remote.model"
                 raise _Bad(why, is_final=True)
             self._models[url] = names[0]
         return self._models[url]
+
+    def _served(self, url: str) -> list[dict[str, Any]]:
+        """The models at a replica, as it lists them."""
+        served = self._exchange("GET", f"{url}/models", None).get("data")
+        return [entry for entry in served if isinstance(entry, dict)] if isinstance(served, list) else []
 
     def _post(self, url: str, body: dict[str, Any]) -> dict[str, Any]:
         return self._exchange("POST", url, body)

@@ -48,6 +48,21 @@ def checkpoint_of(teacher: TeacherConfig) -> Checkpoint:
     return Checkpoint(teacher.family, path, teacher.revision, teacher.precision)
 
 
+def expected_bytes(teachers: Mapping[str, TeacherConfig]) -> tuple[list[int], list[int]]:
+    """Bytes that the weights of these teachers take in memory, by checkpoint: of those that stay, and of those that are
+    read when their turn comes. Reads headers of files. Raises ConfigError as `resolve_checkpoint` does."""
+    local = [teacher for teacher in teachers.values() if teacher.family != "remote"]
+    stay = {checkpoint_of(teacher) for teacher in local if teacher.residency != "disk"}
+    sizes = {checkpoint: _held_bytes(checkpoint) for checkpoint in dict.fromkeys(map(checkpoint_of, local))}
+    return [sizes[c] for c in sizes if c in stay], [sizes[c] for c in sizes if c not in stay]
+
+
+def _held_bytes(checkpoint: Checkpoint, precision: str | None = None) -> int:
+    """Of a checkpoint's weights in memory, in its precision or another."""
+    shapes = stored_shapes(resolve_checkpoint(checkpoint.path, checkpoint.revision))
+    return held_bytes(shapes, checkpoint.family, precision or checkpoint.precision)
+
+
 @dataclass(slots=True)
 class _Known:
     """A checkpoint that was loaded once."""
@@ -238,7 +253,7 @@ class Shelf:
         if self._present is not None and self._present[0] == then:
             return
         known = self._known[then]
-        needed = known.num_bytes if known.by_name else max(known.num_bytes, self._full_bytes(then))
+        needed = known.num_bytes if known.by_name else max(known.num_bytes, _held_bytes(then, "fp32"))
         if self._limit is not None and self.bytes_in_memory() + needed > self._limit:
             return
         if self._reader is None:
@@ -272,10 +287,6 @@ class Shelf:
 
     # --- bytes --------------------------------------------------------------------------------------------------------
 
-    def _full_bytes(self, checkpoint: Checkpoint) -> int:
-        shapes = stored_shapes(resolve_checkpoint(checkpoint.path, checkpoint.revision))
-        return held_bytes(shapes, checkpoint.family, "fp32")
-
     def _check_limit(self) -> None:
         """Raises ConfigError when the limit is too small for some moment of the run."""
         if self._limit is None:
@@ -284,11 +295,9 @@ class Shelf:
         full: dict[Checkpoint, int] = {}
         for checkpoint, name in self._names.items():
             try:
-                shapes = stored_shapes(resolve_checkpoint(checkpoint.path, checkpoint.revision))
+                held[checkpoint], full[checkpoint] = _held_bytes(checkpoint), _held_bytes(checkpoint, "fp32")
             except ConfigError as error:
                 raise ConfigError(f"teachers.{name}.path={checkpoint.path}: {error}") from None
-            held[checkpoint] = held_bytes(shapes, checkpoint.family, checkpoint.precision)
-            full[checkpoint] = held_bytes(shapes, checkpoint.family, "fp32")
         staying = sum(held[checkpoint] for checkpoint in self._stays)
         for checkpoint, name in self._names.items():
             others = staying - (held[checkpoint] if checkpoint in self._stays else 0)

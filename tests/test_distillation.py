@@ -19,7 +19,7 @@ from opd.config import (
     ModelConfig,
 )
 from opd.correction import correct
-from opd.distillation import Distill, Distilled, DistillLogprobs, distill
+from opd.distillation import Distill, Distilled, DistillLogprobs, _overlap, distill
 from opd.learner import Learner
 from opd.logits import TileSizes
 from opd.metrics import describe
@@ -111,6 +111,23 @@ def test_log_probabilities_give_what_hidden_states_give(loss: str) -> None:
     torch.testing.assert_close(theirs.logprobs, ours.logprobs)
     sampled = (case.log_p.detach() - case.log_q)[torch.arange(NUM), case.targets]
     torch.testing.assert_close(theirs.per_token["distill/reverse_kl"], sampled)
+
+
+def test_the_overlap_is_of_the_sixteen_likeliest_of_both() -> None:
+    case = Case()
+    found = case.run(stage_of("reverse_kl")).per_token["distill/top16_overlap"]
+    mine, theirs = case.log_p.topk(16).indices.tolist(), case.log_q.topk(16).indices.tolist()
+    expected = [len(set(one) & set(two)) / 16 for one, two in zip(mine, theirs, strict=True)]
+    torch.testing.assert_close(found, torch.tensor(expected))
+    assert 0 < found.mean() < 1
+    many = torch.arange(200) % NUM  # of more than 64 tokens every third is looked at, and stands for its neighbours
+    states = Distill(hidden=case.teacher_hidden[many], head=case.teacher_head)
+    spread = _overlap(states, case.hidden[many], case.head, TILES)
+    first = [min(at for at in range(200) if at * 64 // 200 == index * 64 // 200) for index in range(200)]
+    torch.testing.assert_close(spread, torch.tensor(expected)[many[first]])
+    own = Distill(hidden=case.hidden.detach(), head=case.head.detach())
+    assert _overlap(own, case.hidden, case.head, TILES).tolist() == [1.0] * NUM
+    assert _overlap(own, case.hidden[:0], case.head, TILES).shape == (0,)
 
 
 def test_log_probabilities_are_not_enough_for_the_others() -> None:

@@ -40,6 +40,7 @@ torch.set_num_threads(1)
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32).eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
 asked, keys = {}, []
+planned = {"mode": "", "requests": 0}  # how it behaves, whatever the URL says, for so many requests more
 
 
 def scores(ids, k, shift):
@@ -75,12 +76,19 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/control":
             return self.send({"asked": asked, "keys": keys})
         models = ["tiny", "large"] if "/several/" in self.path else ["tiny"]
-        self.send({"object": "list", "data": [{"id": name, "object": "model"} for name in models]})
+        room = {"max_model_len": 64} if "/small/" in self.path else {}
+        self.send({"object": "list", "data": [{"id": name, "object": "model", **room} for name in models]})
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         keys.append(self.headers.get("Authorization"))
+        if self.path == "/control":
+            planned.update(body)
+            return self.send({})
         mode = self.path.split("/")[1]
+        if planned["requests"] > 0 and self.path.endswith("/completions"):
+            planned["requests"] -= 1
+            mode = planned["mode"]
         number = asked[mode] = asked.get(mode, 0) + 1
         if self.path.endswith("/tokenize"):
             if mode == "v0":
@@ -88,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             ids = tokenizer.encode(body["prompt"], add_special_tokens=body["add_special_tokens"])
             return self.send({"tokens": ids[::-1] if mode == "reversed" else ids, "count": len(ids)})
         if mode == "hang":
-            time.sleep(20)
+            time.sleep(5)
             return
         if mode == "dies":
             self.close_connection = True
@@ -164,7 +172,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(content)
 
 
-server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+server = ThreadingHTTPServer(("127.0.0.1", int(sys.argv[2]) if len(sys.argv) > 2 else 0), Handler)
 server.daemon_threads = True
 print(server.server_port, flush=True)
 server.serve_forever()
@@ -467,12 +475,16 @@ def test_check_compares_what_the_server_encodes(server: Server, checkpoint: str,
     def check(mode: str, **settings: Any) -> list[str]:
         teacher = config_of(server.root, mode, model="tiny", **settings)
         teacher.tokenizer = checkpoint
-        return check_teachers(chat, VOCAB, {"far": teacher})
+        return check_teachers(chat, VOCAB, {"far": teacher}, 64)
 
     assert check("")[0] == f"far: vllm at {server.root}/v1"
     assert check("v0")[0].endswith("v0/v1, which does not say how it encodes")
     with pytest.raises(ConfigError, match=r"teachers\.far\.path=.*reversed.*: its server encodes the same prompt oth"):
         check("reversed")
+    with pytest.raises(ConfigError, match=r"small/v1: its server takes 64 tokens, .*max_tokens=64 need 65"):
+        check("small")
+    with pytest.raises(ConfigError, match=r"its server takes 64 tokens"):
+        check("", replicas=[f"{server.root}/small/v1"])
     with pytest.raises(ConfigError, match=r"teachers\.far\.path=http://127\.0\.0\.1:1/v1: .*does not answer"):
         check("http://127.0.0.1:1/v1")
 
