@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import multiprocessing
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,12 +93,12 @@ def pool_of(
     return TeacherPool(list(hosts), routes_of(teachers), placement), hosts
 
 
-def learner_of(folder: Path, store: HiddenStore) -> Learner:
+def learner_of(folder: Path, store: HiddenStore, rank: int = 0, num_ranks: int = 1, port: int = 0) -> Learner:
     learner = LearnerConfig(micro_batch_tokens=64, optimizer=OptimizerConfig(name="adamw"))
     model = ModelConfig(path=str(folder / "student"), fp4="none")
-    settings = LearnerSettings(
-        model=model, learner=learner, stage=DistillConfig(learning_rate=1e-2, warmup_steps=0), total_steps=4
-    )
+    stage = DistillConfig(learning_rate=1e-2, warmup_steps=0)
+    settings = LearnerSettings(model=model, learner=learner, stage=stage, total_steps=4)
+    settings = dataclasses.replace(settings, rank=rank, world_size=num_ranks, master_port=port)
     return Learner(settings, store)
 
 
@@ -133,6 +136,51 @@ def test_losses_are_bitwise_the_same_wherever_weights_and_states_lie(folder: Pat
         losses, weights = run(folder, tmp_path / str(number), budget, hosts, prefetch, residency=residency)
         assert losses == expected[0]
         assert all(torch.equal(weight, expected[1][name]) for name, weight in weights.items())
+
+
+def one_rank(rank: int, num_ranks: int, port: int, folder: Path, out: Path) -> None:
+    """Losses of three steps of a rank, and the weights they end with, by where teachers lie."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {}
+    for residency, budget in (("device", None), ("host", 1500), ("disk", 0)):
+        store = HiddenStore(MemoryStore(), str(out / f"{residency}_{rank}_of_{num_ranks}"), budget)
+        pool, _ = pool_of(teachers_of(folder, residency=residency), store)
+        learner, heads = learner_of(folder, store, rank, num_ranks, port), pool.heads()
+        losses = []
+        for _ in range(3):
+            work = plan(GROUPS, pool.score(GROUPS), num_ranks=num_ranks, micro_batch_tokens=64)
+            losses.append(learner.step(work, heads).loss)
+        found[residency] = losses, {name: weight.tolist() for name, weight in learner.model.state_dict().items()}
+        learner.close()
+    (out / f"rank_{rank}_of_{num_ranks}.json").write_text(json.dumps(found))
+
+
+def test_one_rank_and_two_learn_the_same_wherever_weights_and_states_lie(folder: Path, tmp_path: Path) -> None:
+    """Between residencies bit for bit, between numbers of ranks to rounding."""
+    context = multiprocessing.get_context("spawn")
+    for num_ranks in (1, 2):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        ranks = [
+            context.Process(target=one_rank, args=(r, num_ranks, port, folder, tmp_path)) for r in range(num_ranks)
+        ]
+        for process in ranks:
+            process.start()
+        for process in ranks:
+            process.join(timeout=300)
+            process.kill()  # no effect on one that has ended
+        assert [process.exitcode for process in ranks] == [0] * num_ranks
+
+    def told(rank: int, num_ranks: int) -> dict[str, Any]:
+        return json.loads((tmp_path / f"rank_{rank}_of_{num_ranks}.json").read_text())
+
+    alone, pair = told(0, 1), [told(0, 2), told(1, 2)]
+    for found in (alone, *pair):
+        assert found["device"] == found["host"] == found["disk"]
+    assert pair[0]["disk"][1] == pair[1]["disk"][1]
+    for expected, *parts in zip(alone["disk"][0], pair[0]["disk"][0], pair[1]["disk"][0], strict=True):
+        assert all(part > 0 for part in parts) and sum(parts) == pytest.approx(expected, rel=1e-5)
 
 
 def test_any_order_of_teachers_gives_the_same_loss_to_rounding(folder: Path) -> None:
@@ -221,9 +269,11 @@ def forge(signals: Signals, change: Callable[[TeacherHidden], TeacherHidden]) ->
     ["wrong head", "swapped head bytes", "stale state", "another's state", "no final norm", "torn file", "gone"],
 )
 def test_no_state_or_head_that_does_not_belong_is_trained_on(fault: str, folder: Path, tmp_path: Path) -> None:
+    """And the rollouts are not lost: scored again by teachers that start anew, they give the loss they would have."""
     store = HiddenStore(MemoryStore(), str(tmp_path / "spill"), 0)
     pool, _ = pool_of(teachers_of(folder, residency="disk"), store)
     heads, signals = pool.heads(), pool.score(GROUPS)
+    expected = train(learner_of(folder, store), signals, heads)
     learner = learner_of(folder, store)
     before = {name: weight.clone() for name, weight in learner.model.state_dict().items()}
     bad_heads, bad_signals, message = heads, signals, ""
@@ -244,7 +294,7 @@ def test_no_state_or_head_that_does_not_belong_is_trained_on(fault: str, folder:
         case "another's state":
             rows = [p.hidden for row in signals for parts in row for p in parts if p.teacher == "two"]  # type: ignore[union-attr]
             Path(spilled.path).write_bytes(Path(rows[0].path).read_bytes())
-            message = "holds 'two on .*, it was written for 'one on "
+            message = "holds 'two on .*, it was written for 'one on a/train/0#0@0'"
         case "no final norm":
             norm = load_model(ModelConfig(path=str(folder / "one"), fp4="none")).model.norm.weight  # type: ignore[union-attr]
 
@@ -261,6 +311,35 @@ def test_no_state_or_head_that_does_not_belong_is_trained_on(fault: str, folder:
     with pytest.raises(ValueError, match=message):
         train(learner, bad_signals, bad_heads)
     assert all(torch.equal(weight, before[name]) for name, weight in learner.model.state_dict().items())
+    anew, _ = pool_of(teachers_of(folder, residency="disk"), store)
+    heads = anew.heads()
+    assert train(learner, anew.score(GROUPS), heads) == expected
+
+
+def test_a_teacher_that_breaks_in_the_middle_of_a_run_costs_no_rollout(folder: Path) -> None:
+    """Not finite from now on: named with the trajectory; what the others said is kept, and nothing is trained on."""
+    store = HiddenStore(MemoryStore())
+    pool, hosts = pool_of(teachers_of(folder), store)
+    heads = pool.heads()
+    expected = train(learner_of(folder, store), pool.score(GROUPS), heads)
+    host = next(host for host in hosts if "two" in host.target._teachers)
+    entries = next(
+        entries for checkpoint, entries in host.target._shelf._kept.items() if checkpoint.path.endswith("two")
+    )
+    norm = entries["model.norm.weight"]
+    assert isinstance(norm, torch.Tensor)
+    whole = norm.clone()
+    norm[3] = torch.nan
+    for each in hosts:
+        each.asked.clear()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"teacher 'two' \(.*/two\) gives .* not finite on trajectory 'b/train/\d"):
+            pool.score(GROUPS)
+    norm.copy_(whole)
+    found = train(learner_of(folder, store), pool.score(GROUPS), heads)
+    assert found == expected
+    asked = [what for each in hosts for what in each.asked]
+    assert asked.count("score two") == 3 and asked.count("score wide") == 2  # with its weight in a, and in c
 
 
 def test_a_swapped_teacher_file_costs_no_rollout(folder: Path, tmp_path: Path) -> None:
