@@ -66,6 +66,7 @@ class Progress:
         self.health, self.stream = Health(), PromptStream(dict(stage.domains), stage.config.seed)
         self.first, self._seconds, self._wandb_id = 0, 0.0, None
         self._teachers = manifest(stage.config.teachers) if stage.name == "distill" else None
+        self.has_new_teachers = checkpoint is None  # or else ones that the checkpoint's run did not have
         if checkpoint is not None:
             self._take_up(checkpoint)
 
@@ -82,7 +83,13 @@ class Progress:
         self.first, self._seconds, self._wandb_id = checkpoint.step, record["seconds"], record["wandb_id"]
         if self._teachers is not None:
             with open(os.path.join(checkpoint.folder, TEACHERS), encoding="utf-8") as file:
-                changes = compare_manifests(json.load(file), self._teachers, stage.config.pool.allow_changed)
+                before = json.load(file)
+            changes = compare_manifests(before, self._teachers, stage.config.pool.allow_changed)
+            self.has_new_teachers = any(
+                before.get(name, {}).get(key) != now[key]
+                for name, now in self._teachers.items()
+                for key in ("sha256", "source", "precision")
+            )
             for change in changes:
                 log.warning("the run goes on with other teachers than it was begun with: %s", change)
         path = os.path.join(stage.run_dir, "metrics.jsonl")

@@ -71,7 +71,7 @@ def train(
         crew = hire(config, stage, start, run_dir, chat, runtime)
         failed = True
         try:
-            _meet(this, crew, checkpoint)
+            _meet(this, crew, checkpoint, examine=progress.has_new_teachers)
             _steps(this, crew, progress, stop or Stop())
             failed = False
             return os.path.join(run_dir, "hf")
@@ -94,13 +94,13 @@ def train(
         _report(this, first, [Finding(rule=RESTARTED, severity="warning", message=message, subject=name)])
 
 
-def _meet(stage: Stage, crew: Crew, checkpoint: Checkpoint | None) -> None:
-    """Everybody ready for the first step, or for the one after the checkpoint."""
+def _meet(stage: Stage, crew: Crew, checkpoint: Checkpoint | None, *, examine: bool) -> None:
+    """Everybody ready for the first step, or for the one after the checkpoint; teachers examined if asked."""
     crew.meet()
     if crew.pool is not None:
         model = stage.config.model
         student = TeacherConfig(path=stage.start, family=model.family, revision=model.revision)
-        crew.meet_teachers(stage.config.pool, demonstrations(stage.domains) if checkpoint is None else [], student)
+        crew.meet_teachers(stage.config.pool, demonstrations(stage.domains) if examine else [], student)
     if checkpoint is not None:  # last: in one process, whatever is loaded moves the random state that it sets
         crew.on_all_ranks("load", checkpoint.folder)
 
@@ -129,6 +129,7 @@ def _steps(stage: Stage, crew: Crew, progress: Progress, stop: Stop) -> None:
                 work = _plan(stage, groups, signals)
                 values |= merge_stats(crew.on_all_ranks("step", work, crew.heads)) if work else {}
                 crew.free(signals)
+                del signals, work  # with the last handle goes what lies in memory, before the next step's comes
             last = step + 1 == settings.steps
             evaluates = settings.eval_every > 0 and (last or (step + 1) % settings.eval_every == 0)
             if stage.name in SAMPLES or evaluates:

@@ -165,6 +165,49 @@ def test_a_mixture_of_a_yaml_file_is_the_geometric_mean_of_its_teachers(
     assert line["train/grad_norm"] == pytest.approx(torch.nn.utils.get_total_norm(gradients).item(), rel=1e-4)
 
 
+def test_teachers_come_go_and_change_their_weight_between_steps(
+    world: World, caplog: pytest.LogCaptureFixture, capsys: Any
+) -> None:
+    """A run that goes on with another set: told, examined where new, and refused under an old name."""
+    two, four = "stages.distill.steps=2", ("stages.distill.steps=4", "resume=auto")
+    copies, nexts = {"domains": {"copy": 1.0}}, {"domains": {"next": 1.0}}
+    chosen = teach(world, same=copies, dense={"family": "hf", **nexts})
+    folder = distill(world, "changing", chosen, two) / "student"
+
+    def refused(message: str, *overrides: str) -> None:
+        before = (folder / "metrics.jsonl").read_text()
+        capsys.readouterr()
+        distill(world, "changing", *overrides, *four, status=2)
+        assert message in capsys.readouterr().err
+        assert (folder / "metrics.jsonl").read_text() == before
+
+    chosen = teach(world, same={**copies, "path": f"{world.root}/other"}, dense={"family": "hf", **nexts})
+    refused("teachers.same is not the teacher that this run began with: sha256", chosen)
+    flat = load_model(ModelConfig(path=str(world.root / "wide"), fp4="none"))
+    nn.init.zeros_(flat.lm_head.weight)  # type: ignore[union-attr]
+    save_checkpoint(world.root / "flat", flat, Chat.load(str(start(world) / "tokenizer")))
+    refused("teacher_uniform: teacher flat: ", teach(world, same=copies, flat=nexts))
+
+    half = {"domains": {"copy": 0.5}}
+    caplog.clear()
+    distill(world, "changing", teach(world, same=half, wide={"domains": {"copy": 0.5, "next": 1.0}}), *four)
+    for told in (
+        "teacher wide is new",
+        "teacher dense is gone",
+        "teacher same had the weights {'copy': 1.0} and has {'copy': 0.5}",
+        "wide: entropy ",
+    ):
+        assert told in caplog.text
+    lines = metrics_of(folder)
+    taught = [{key.split("/")[1] for key in line if key.startswith("teacher/")} for line in lines]
+    assert taught == [{"same", "dense"}] * 2 + [{"same", "wide"}] * 2
+    manifest = json.loads((folder / "checkpoints" / "step_4" / "state" / "teachers.json").read_text())
+    assert list(manifest) == ["same", "wide"] and manifest["same"]["domains"] == {"copy": 0.5}
+    chosen = teach(world, same={**half, "path": f"{world.root}/other"}, wide={"domains": {"copy": 0.5, "next": 1.0}})
+    distill(world, "changing", chosen, "stages.distill.steps=5", "resume=auto", "pool.allow_changed=true")
+    assert "teacher same was changed: sha256" in caplog.text and len(metrics_of(folder)) == 5
+
+
 # --- servers ----------------------------------------------------------------------------------------------------------
 
 
