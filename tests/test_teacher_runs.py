@@ -5,6 +5,7 @@ The world is that of `tests.test_pipeline`. Teachers are never trained: they hav
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Iterator
 from dataclasses import replace
@@ -23,7 +24,7 @@ from opd.__main__ import compose
 from opd.chat import Chat
 from opd.config import ModelConfig
 from opd.model import load_model, new_v4, with_path
-from opd.types import Group, Trajectory
+from opd.types import Group, TeacherHidden, Trajectory
 from opd.weights import save_checkpoint
 from teachers.pool import TeacherPool
 from tests.test_pipeline import TEACHER_ONLY, TINY, World, metrics_of, summary_of
@@ -206,6 +207,21 @@ def test_teachers_come_go_and_change_their_weight_between_steps(
     chosen = teach(world, same={**half, "path": f"{world.root}/other"}, wide={"domains": {"copy": 0.5, "next": 1.0}})
     distill(world, "changing", chosen, "stages.distill.steps=5", "resume=auto", "pool.allow_changed=true")
     assert "teacher same was changed: sha256" in caplog.text and len(metrics_of(folder)) == 5
+
+
+def test_a_steps_states_are_gone_before_the_next_steps_come(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen = teach(world, same={"domains": {"copy": 1.0}}, wide={"domains": {"next": 1.0}, "residency": "disk"})
+    step, left = opd.train._judge, []
+
+    def judging(*args: Any) -> Any:
+        gc.collect()
+        alive = sum(isinstance(found, TeacherHidden) for found in gc.get_objects())
+        left.append((alive, len(list((Path(args[0].run_dir) / "hidden").iterdir()))))
+        return step(*args)
+
+    monkeypatch.setattr(opd.train, "_judge", judging)
+    distill(world, "gone", chosen, "stages.distill.steps=3", "pool.hidden_bytes=2000")
+    assert left == [(0, 2)] * 3  # the heads, which are larger than that
 
 
 # --- servers ----------------------------------------------------------------------------------------------------------
