@@ -256,7 +256,8 @@ def _summarise(z: Tensor, local_ids: Tensor, scratch: Tensor) -> Softmax:
     """The sums of a tile of logits, which are left relative to each row's largest."""
     at_ids = gather_ids(z, local_ids)
     if compiled.usable(z):
-        return Softmax(*compiled.sums(z), at_ids)
+        top, mass, moment = compiled.sums(z)
+        return Softmax(top, mass, moment, at_ids)
     top = shift(z)
     weight = torch.exp2(z, out=view(scratch, (z.shape[0], z.shape[1])))
     mass = weight.sum(dim=-1)
