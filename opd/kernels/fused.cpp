@@ -17,6 +17,7 @@
 namespace {
 
 constexpr int64_t PART = 512;            // tokens whose part of the mixing matrix's gradient is summed before the rest
+constexpr int64_t LARGE = 8 << 20;        // bytes that do not stay in a processor's caches until they are read again
 constexpr int64_t WEIGHT_ROWS = 512;     // whose part of a norm weight's gradient is summed before the rest
 
 template <typename T>

@@ -89,6 +89,12 @@ KERNEL static void unwind(const Coefficients<T, n>& c, const T* steps, int itera
   }
 }
 
+// What is read TOKENS tokens later: streams lie too far from each other for the processor to foresee it.
+template <typename T>
+KERNEL static inline void ask_for(const T* later) {
+  __builtin_prefetch(later);
+}
+
 // A number of each of `tokens` tokens, the last one's in all lanes that are left; and back.
 template <typename T>
 KERNEL static inline void fetch(const T* from, int tokens, T* to) {
@@ -126,7 +132,10 @@ KERNEL static void collapse(const CollapseArguments<T>& a, int64_t begin, int64_
       squares[t] = V{};
       for (int j = 0; j < n; ++j) {
         const T* row = x[t] + j * N * D;
-        for (int64_t d = 0; d + count <= D; d += count) squares[t] += load(row + d) * load(row + d);
+        for (int64_t d = 0; d + count <= D; d += count) {
+          ask_for(row + d + TOKENS * D);
+          squares[t] += load(row + d) * load(row + d);
+        }
       }
     }
     for (int t = 0; t < TOKENS; t += count) store(inverse + t, totals<T>(squares + t));
@@ -207,7 +216,12 @@ KERNEL static void collapse_backward(const CollapseGradients<T>& a, int64_t begi
         const int64_t token = first + std::min(t, tokens - 1);
         const T *given = a.grad_collapsed + token * D, *row = a.streams + (j * N + token) * D;
         dots[t] = V{};
-        for (int64_t d = 0; d + count <= D; d += count) dots[t] += load(row + d) * load(given + d);
+        const T* grads = a.grad_streams + (j * N + token) * D;
+        for (int64_t d = 0; d + count <= D; d += count) {
+          ask_for(row + d + TOKENS * D);
+          ask_for(grads + d + TOKENS * D);
+          dots[t] += load(row + d) * load(given + d);
+        }
       }
       for (int t = 0; t < TOKENS; t += count) store(grad[j] + t, totals<T>(dots + t));
       for (int t = 0; t < TOKENS && D % count; ++t) {
@@ -310,7 +324,10 @@ KERNEL static void expand(const ExpandArguments<T>& a, int64_t begin, int64_t en
     for (; d + count <= D; d += count) {
       const V own = load(y + d);
       V in[n];
-      for (int j = 0; j < n; ++j) in[j] = load(x + j * N * D + d);
+      for (int j = 0; j < n; ++j) {
+        ask_for(x + j * N * D + d + TOKENS * D);
+        in[j] = load(x + j * N * D + d);
+      }
       for (int k = 0; k < n; ++k) {
         V sum = own * post[k];
         for (int j = 0; j < n; ++j) sum += in[j] * residual[j * n + k];
@@ -327,7 +344,7 @@ KERNEL static void expand(const ExpandArguments<T>& a, int64_t begin, int64_t en
   }
 }
 
-template <typename T, int n>
+template <typename T, int n, bool PAST>
 KERNEL static void expand_backward(const ExpandGradients<T>& a, int64_t begin, int64_t end) {
   using V = typename Lanes<T>::V;
   constexpr int count = Lanes<T>::count;
@@ -344,7 +361,11 @@ KERNEL static void expand_backward(const ExpandGradients<T>& a, int64_t begin, i
     int64_t d = 0;
     for (; d + count <= D; d += count) {
       V given[n];
-      for (int k = 0; k < n; ++k) given[k] = load(g + k * N * D + d);
+      for (int k = 0; k < n; ++k) {
+        ask_for(g + k * N * D + d + TOKENS * D);
+        ask_for(x + k * N * D + d + TOKENS * D);
+        given[k] = load(g + k * N * D + d);
+      }
       const V own = load(y + d);
       V sum = given[0] * post[0];
       for (int k = 1; k < n; ++k) sum += given[k] * post[k];
@@ -354,7 +375,11 @@ KERNEL static void expand_backward(const ExpandGradients<T>& a, int64_t begin, i
         const V in = load(x + j * N * D + d);
         V back = given[0] * residual[j * n];
         for (int k = 1; k < n; ++k) back += given[k] * residual[j * n + k];
-        store(to_x + j * N * D + d, back);
+        if constexpr (PAST) {
+          store_past(to_x + j * N * D + d, back);
+        } else {
+          store(to_x + j * N * D + d, back);
+        }
         for (int k = 0; k < n; ++k) of_residual[j * n + k] += in * given[k];
       }
     }
@@ -385,6 +410,18 @@ KERNEL static void expand_backward(const ExpandGradients<T>& a, int64_t begin, i
     }
     for (int k = 0; k < n; ++k) a.grad_post[k * N + token] = post_sum[k];
     for (int i = 0; i < n * n; ++i) a.grad_residual[i * N + token] = residual_sum[i];
+  }
+  if constexpr (PAST) stored_past();
+}
+
+// The streams' gradients wait until the block between has had its own: large ones would be out of the caches by then.
+template <typename T, int n>
+KERNEL static void expand_backward(const ExpandGradients<T>& a, int64_t begin, int64_t end) {
+  const bool is_aligned = reinterpret_cast<uintptr_t>(a.grad_streams) % BYTES == 0 && a.width * sizeof(T) % BYTES == 0;
+  if (is_aligned && n * a.tokens * a.width * int64_t(sizeof(T)) > LARGE) {
+    expand_backward<T, n, true>(a, begin, end);
+  } else {
+    expand_backward<T, n, false>(a, begin, end);
   }
 }
 

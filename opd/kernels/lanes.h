@@ -23,6 +23,39 @@ KERNEL static inline void store(T* to, const typename Lanes<T>::V& v) {
   __builtin_memcpy(to, &v, BYTES);
 }
 
+// A store past the caches, which would first read what it overwrites: for results that are read again when other data has
+// long taken their place. `to` must be aligned to a vector, and who reads it waits for `stored_past`.
+template <typename T>
+KERNEL static inline void store_past(T* to, const typename Lanes<T>::V& v) {
+#ifdef OPD_X86
+  if constexpr (sizeof(T) == 4) {
+#if BYTES == 64
+    __builtin_ia32_movntps512(to, v);
+#elif BYTES == 32
+    __builtin_ia32_movntps256(to, v);
+#else
+    __builtin_ia32_movntps(to, v);
+#endif
+  } else {
+#if BYTES == 64
+    __builtin_ia32_movntpd512(to, v);
+#elif BYTES == 32
+    __builtin_ia32_movntpd256(to, v);
+#else
+    __builtin_ia32_movntpd(to, v);
+#endif
+  }
+#else
+  store(to, v);
+#endif
+}
+
+KERNEL static inline void stored_past() {
+#ifdef OPD_X86
+  __builtin_ia32_sfence();
+#endif
+}
+
 // e^x, to about an ulp: x = n log 2 + r, then the series of e^r. Below the smallest and above the largest it saturates.
 template <typename T>
 KERNEL static inline void exponential(T* values, int64_t size) {
