@@ -446,7 +446,7 @@ CALLED = {
     "TeacherConfig": {"teacher", "config", "_teachers"},
     "RemoteConfig": {"remote", "_remote"},
     "PoolConfig": {"pool"},
-    "LearnerConfig": {"learner"},
+    "LearnerConfig": {"_learner", "learner"},
     "LoraConfig": {"lora"},
     "OptimizerConfig": {"optimizer", "config"},
     "RuntimeConfig": {"runtime", "config"},
