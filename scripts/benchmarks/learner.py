@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     """The exit status of `report`. Raises ConfigError for settings that are refused, and without trl."""
     as_json, overrides = split_arguments(argv)
     settings = whole_numbers(overrides, DEFAULTS, 0)
-    for name, least in (("steps", WARM_UP + 1), ("runs", 1), ("prompts", 1), ("tokens", 1), ("threads", 1)):
+    for name, least in (("steps", WARM_UP + 1), ("runs", 2), ("prompts", 1), ("tokens", 1), ("threads", 1)):
         if settings[name] < least:
             raise ConfigError(f"{name}={settings[name]} is too small; it must be at least {least}")
     if importlib.util.find_spec("trl") is None:
