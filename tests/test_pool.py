@@ -399,6 +399,7 @@ def test_scores_and_failures_are_the_same_from_other_processes(
     config.stages.distill.hidden_dtype = "float32"
     config.learner.micro_batch_tokens = 64
     config.pool.hidden_bytes = 2000
+    config.pool.patience_seconds = 0.2
     here = HiddenStore(MemoryStore())
     expected = pool_of(config.teachers, here)[0].score(GROUPS)
     remote = RemoteConfig(max_retries=0)
