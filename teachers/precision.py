@@ -23,8 +23,9 @@ from torch.nn import functional
 
 from opd.config import ConfigError
 from opd.fp4 import Fp4Experts, Fp4Linear, fake_quantize, fp4_names, is_fp4_name, quantize
+from opd.kernels.products import Linear
 from opd.model import CausalLM
-from opd.model.layers import GroupedLinear, Linear
+from opd.model.layers import GroupedLinear
 from opd.model.moe import Experts
 from opd.weights import named_weights
 

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int64_t DEPTH = 512;              // of the inner dimension, summed in registers
 constexpr int64_t ROW_STRIDE = DEPTH + 16;  // of packed rows
-constexpr int64_t WIDTH = 256;              // columns packed at once
+constexpr int64_t WIDTH = 256;              // columns packed at once, whole spans whatever the vectors
 constexpr int64_t FEW_PANELS = 24;          // of rows, up to which columns that lie side by side are not packed
 constexpr int64_t VERY_FEW = 4;             // rows, up to which nothing is packed
 constexpr int64_t FEW = 32;                 // rows, up to which they are the packed columns
@@ -65,6 +65,15 @@ void run(Product product) {
 void check(const at::Tensor& x, const char* name, int64_t dimensions) {
   TORCH_CHECK(x.scalar_type() == at::kFloat && x.device().is_cpu(), name, " must be float32 on the CPU");
   TORCH_CHECK(x.dim() == dimensions, name, " has ", x.dim(), " dimensions, not ", dimensions);
+}
+
+void check_sizes(at::IntArrayRef sizes, int64_t rows) {
+  int64_t sum = 0;
+  for (const int64_t size : sizes) {
+    TORCH_CHECK(size >= 0 && sum + size <= rows, "sizes ", sizes, " exceed ", rows, " rows");
+    sum += size;
+  }
+  TORCH_CHECK(sum == rows, "sizes ", sizes, " sum to ", sum, ", not to ", rows, " rows");
 }
 
 // One of its last two strides is 1: a matrix or a transposed one.
@@ -112,15 +121,14 @@ void products_by_rows(const at::Tensor& a_given, const at::Tensor& b_given, at::
       a.size(0) == out.size(0) && a.size(1) == b.size(1) && b.size(2) == out.size(1) &&
           b.size(0) == static_cast<int64_t>(sizes.size()) && out.is_contiguous(),
       "a ", a.sizes(), ", b ", b.sizes(), " and out ", out.sizes(), " do not fit each other");
+  check_sizes(sizes, a.size(0));
   int64_t start = 0;
   for (size_t e = 0; e < sizes.size(); ++e) {
-    TORCH_CHECK(sizes[e] >= 0 && start + sizes[e] <= a.size(0), "sizes ", sizes, " exceed ", a.size(0), " rows");
     run({a.const_data_ptr<float>() + start * a.stride(0), b.const_data_ptr<float>() + e * b.stride(0),
          out.mutable_data_ptr<float>() + start * out.stride(0), sizes[e], b.size(2), a.size(1), a.stride(0),
          a.stride(1), b.stride(1), b.stride(2), out.stride(0), 1, false});
     start += sizes[e];
   }
-  TORCH_CHECK(start == a.size(0), "sizes ", sizes, " sum to ", start, ", not to ", a.size(0), " rows");
 }
 
 // For each segment of `sizes`[e] rows of a [R, M] and b [R, N]: out[e] of [E, M, N] = a^T b, zero without rows.
@@ -131,15 +139,14 @@ void products_over_rows(const at::Tensor& a_given, const at::Tensor& b_given, at
       a.size(0) == b.size(0) && a.size(1) == out.size(1) && b.size(1) == out.size(2) &&
           out.size(0) == static_cast<int64_t>(sizes.size()) && out.is_contiguous(),
       "a ", a.sizes(), ", b ", b.sizes(), " and out ", out.sizes(), " do not fit each other");
+  check_sizes(sizes, a.size(0));
   int64_t start = 0;
   for (size_t e = 0; e < sizes.size(); ++e) {
-    TORCH_CHECK(sizes[e] >= 0 && start + sizes[e] <= a.size(0), "sizes ", sizes, " exceed ", a.size(0), " rows");
     run({a.const_data_ptr<float>() + start * a.stride(0), b.const_data_ptr<float>() + start * b.stride(0),
          out.mutable_data_ptr<float>() + e * out.stride(0), a.size(1), b.size(1), sizes[e], a.stride(1), a.stride(0),
          b.stride(0), b.stride(1), out.stride(1), 1, false});
     start += sizes[e];
   }
-  TORCH_CHECK(start == a.size(0), "sizes ", sizes, " sum to ", start, ", not to ", a.size(0), " rows");
 }
 
 }  // namespace

@@ -125,15 +125,14 @@ KERNEL static inline void tile(
   }
 }
 
-// Row panels first .. last - 1 times some columns of b, which are packed or, with `b_row` elements from one row to the
-// next, lie as they are given.
+// Row panels first .. last - 1 times some columns of b: spans of them `b_span` apart, with `b_row` from one row of a span
+// to the next, whether they are packed or lie as they are given.
 template <int VECTORS, bool BY_ROWS>
 KERNEL static void multiply_rows(
-    const Product& product, const float* b, int64_t b_row, int64_t inner_start, int64_t inner, int64_t column_start,
+    const Product& product, const float* b, int64_t b_row, int64_t b_span, int64_t inner_start, int64_t inner, int64_t column_start,
     int64_t columns, bool add, int64_t first, int64_t last) {
   constexpr int64_t ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
   alignas(64) float own[ROWS * ROW_STRIDE];
-  const int64_t panel_size = b_row == SPAN ? SPAN * inner : SPAN;
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t start = panel * ROWS, rows = std::min(ROWS, product.rows - start);
     pack_rows<ROWS>(
@@ -142,7 +141,7 @@ KERNEL static void multiply_rows(
     float* c = product.c + start * product.c_row + column_start * product.c_column;
     for (int64_t column = 0; column < columns; column += SPAN) {
       tile<VECTORS, BY_ROWS>(
-          own, b + column / SPAN * panel_size, b_row, inner, c + column * product.c_column, product.c_row,
+          own, b + column / SPAN * b_span, b_row, inner, c + column * product.c_column, product.c_row,
           product.c_column, rows, std::min(SPAN, columns - column), add);
     }
   }
@@ -150,12 +149,12 @@ KERNEL static void multiply_rows(
 
 template <int VECTORS>
 static void multiply_rows(
-    const Product& product, const float* b, int64_t b_row, int64_t inner_start, int64_t inner, int64_t column_start,
+    const Product& product, const float* b, int64_t b_row, int64_t b_span, int64_t inner_start, int64_t inner, int64_t column_start,
     int64_t columns, bool add, int64_t first, int64_t last) {
   if (product.a_column == 1) {
-    multiply_rows<VECTORS, true>(product, b, b_row, inner_start, inner, column_start, columns, add, first, last);
+    multiply_rows<VECTORS, true>(product, b, b_row, b_span, inner_start, inner, column_start, columns, add, first, last);
   } else {
-    multiply_rows<VECTORS, false>(product, b, b_row, inner_start, inner, column_start, columns, add, first, last);
+    multiply_rows<VECTORS, false>(product, b, b_row, b_span, inner_start, inner, column_start, columns, add, first, last);
   }
 }
 
@@ -175,10 +174,10 @@ static void multiply_as_it_lies(const Product& product, bool alone) {
       const int64_t inner = std::min<int64_t>(DEPTH, product.inner - start);
       const bool add = product.add || start > 0;
       const float* b = product.b + start * product.b_row + begin;
-      multiply_rows<VECTORS>(product, b, product.b_row, start, inner, begin, whole, add, first, last);
+      multiply_rows<VECTORS>(product, b, product.b_row, SPAN, start, inner, begin, whole, add, first, last);
       if (!rest) continue;
       pack_columns<VECTORS>(b + whole, product.b_row, 1, inner, 0, 1, rest, packed);
-      multiply_rows<VECTORS>(product, packed, SPAN, start, inner, begin + whole, rest, add, first, last);
+      multiply_rows<VECTORS>(product, packed, SPAN, SPAN * inner, start, inner, begin + whole, rest, add, first, last);
     }
   };
   if (alone) {
@@ -194,15 +193,13 @@ template <int VECTORS>
 static void multiply_with(const Product& product, bool alone) {
   constexpr int64_t ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
   const int64_t panels = (product.rows + ROWS - 1) / ROWS;
-  // Rows of b that are SPAN apart could be taken for packed ones; they are read all the same, but as one span.
-  if (product.b_column == 1 && panels <= FEW_PANELS && (product.b_row != SPAN || product.columns <= SPAN)) {
+  if (product.b_column == 1 && panels <= FEW_PANELS) {
     multiply_as_it_lies<VECTORS>(product, alone);
     return;
   }
-  const int64_t width = std::max<int64_t>(SPAN, WIDTH / SPAN * SPAN);
   thread_local std::vector<float> room;
-  for (int64_t column = 0; column < product.columns; column += width) {
-    const int64_t columns = std::min(width, product.columns - column);
+  for (int64_t column = 0; column < product.columns; column += WIDTH) {
+    const int64_t columns = std::min(WIDTH, product.columns - column);
     const int64_t spans = (columns + SPAN - 1) / SPAN;
     for (int64_t start = 0; start < product.inner; start += DEPTH) {
       const int64_t inner = std::min<int64_t>(DEPTH, product.inner - start);
@@ -215,7 +212,7 @@ static void multiply_with(const Product& product, bool alone) {
             first, last, columns, packed);
       };
       const auto multiply = [&](int64_t first, int64_t last) {
-        multiply_rows<VECTORS>(product, packed, SPAN, start, inner, column, columns, add, first, last);
+        multiply_rows<VECTORS>(product, packed, SPAN, SPAN * inner, start, inner, column, columns, add, first, last);
       };
       if (alone) {
         pack(0, spans);

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opd.kernels import fused, products
-from opd.kernels.products import Linear as Linear
 
 
 class _RmsNorm(torch.autograd.Function):
