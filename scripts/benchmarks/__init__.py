@@ -17,10 +17,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any, TypeVar
 
 import psutil
 
 from opd.config import ConfigError
+
+T = TypeVar("T")
 
 FOLDER = Path(__file__).parent
 
@@ -145,28 +148,38 @@ def peak_memory(call: Callable[[], object], prepare: Callable[[], object] | None
     first, uncounted, and its result is kept alive: inputs, or a tiny call that loads the libraries. Device memory is
     not seen. Raises RuntimeError if the process ended without an answer; its own traceback is on standard error.
     """
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_weigh, args=(call, prepare, sender))
-    child.start()
-    sender.close()
-    try:
-        growth = receiver.recv()
-    except EOFError:
-        growth = None
-    child.join()
-    if growth is None:
-        raise RuntimeError(f"the measured process ended with exit code {child.exitcode} and no answer")
-    return growth
+    return in_process(_growth, call, prepare)
 
 
-def _weigh(call: Callable[[], object], prepare: Callable[[], object] | None, sender: Connection) -> None:
+def _growth(call: Callable[[], object], prepare: Callable[[], object] | None) -> int:
     kept = prepare() if prepare is not None else None
     reset_high_water_mark()
     before = psutil.Process().memory_info().rss
     call()
-    sender.send(max(0, high_water_mark() - before))
+    growth = max(0, high_water_mark() - before)
     del kept
+    return growth
+
+
+def in_process(function: Callable[..., T], *args: Any) -> T:
+    """What `function(*args)` returns in a fresh process. All of it must be importable. Raises RuntimeError if the
+    process ended without an answer; its own traceback is on standard error."""
+    context = multiprocessing.get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    child = context.Process(target=_answer, args=(function, args, sender))
+    child.start()
+    sender.close()
+    try:
+        return receiver.recv()
+    except EOFError:
+        child.join()
+        raise RuntimeError(f"the measured process ended with exit code {child.exitcode} and no answer") from None
+    finally:
+        child.join()
+
+
+def _answer(function: Callable[..., Any], args: tuple[Any, ...], sender: Connection) -> None:
+    sender.send(function(*args))
 
 
 def high_water_mark() -> int:

@@ -17,14 +17,11 @@ import importlib
 import importlib.util
 import json
 import math
-import multiprocessing
 import os
 import random
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import mean, median, stdev
 from typing import Any
@@ -36,7 +33,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config, Qwen3
 
 from opd.chat import train_tokenizer
 from opd.config import ConfigError
-from scripts.benchmarks import Figure, high_water_mark, report, reset_high_water_mark, split_arguments, whole_numbers
+from scripts.benchmarks import (
+    Figure,
+    high_water_mark,
+    in_process,
+    report,
+    reset_high_water_mark,
+    split_arguments,
+    whole_numbers,
+)
 
 DEFAULTS = {"vocabulary": 131072, "prompts": 8, "tokens": 64, "steps": 10, "runs": 5, "seed": 0, "threads": 1}
 WARM_UP = 2  # steps of a run that are not timed
@@ -158,27 +163,7 @@ def wide_tokenizer(texts: list[str], vocab_size: int) -> Any:
     return tokenizer
 
 
-# --- processes --------------------------------------------------------------------------------------------------------
-
-
-def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """What `function(*args)` returns in a fresh process."""
-    context = multiprocessing.get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(function, args, sender))
-    child.start()
-    sender.close()
-    try:
-        return receiver.recv()
-    except EOFError:
-        child.join()
-        raise RuntimeError(f"{function.__name__} ended with exit code {child.exitcode}") from None
-    finally:
-        child.join()
-
-
-def _answer(function: Callable[..., Any], args: tuple[Any, ...], sender: Connection) -> None:
-    sender.send(function(*args))
+# --- one run --------------------------------------------------------------------------------------------------------
 
 
 class Meter:
