@@ -23,7 +23,8 @@ import torch
 from opd.config import ConfigError, SamplingConfig
 from opd.kernels.products import linear
 from opd.model import DeepseekV4
-from opd.model.cache import Extension, OutOfPages
+from opd.model.cache import OutOfPages
+from opd.model.step import Extend, Part, stepper
 from opd.types import FinishReason, Trajectory
 from rollout.request import Request, Samples, by_owner, check_requests, concatenate, end_of, finished
 from rollout.sampling import sample, trajectory_key
@@ -46,6 +47,7 @@ class _Run:
     requests: Sequence[Request]
     sampling: SamplingConfig
     log: Log | None
+    extend: Extend  # the model under its present weights, with the engine's cache
     prompts: list[int]  # prompt of each request
     rank: np.ndarray  # int64 [requests], place in the order
     waiting: deque[int]
@@ -118,10 +120,7 @@ class V4Engine:
         run = self._begin(requests, sampling, log)
         while run.waiting or run.reading or len(run.active):
             self._admit(run)
-            if run.reading:
-                self._read(run)
-            if len(run.active):
-                self._decode(run)
+            self._step(run)
         drawn = by_owner(np.concatenate([np.empty(0, np.int64), *run.owners]), concatenate(run.steps), len(requests))
         return [
             finished(request, drawn[index], policy_version, run.reasons[index])
@@ -138,6 +137,7 @@ class V4Engine:
             requests=requests,
             sampling=sampling,
             log=log,
+            extend=stepper(self.model, self.cache),
             prompts=prompts,
             rank=rank,
             waiting=deque(),
@@ -235,50 +235,59 @@ class V4Engine:
         self.free.append(slot)
         self.preemptions += 1
 
-    # ---- reading -----------------------------------------------------------------------------------------------------
+    # ---- steps -------------------------------------------------------------------------------------------------------
 
-    def _read(self, run: _Run) -> None:
-        """One call of reading, then the first tokens of those whose prefix is complete.
-
-        A prompt is read by one of the seated requests that share it; the others, and the shelf if more of them wait,
-        copy what it has when it stands at the prompt's end.
-        """
-        if (plan := self._extend_readers(run)) is not None:
-            for slot in plan[self.ends[plan] == self.prompt_ends[plan]].tolist():
-                prompt = run.prompts[self.occupants[slot]]
-                mates = [
-                    other
-                    for other in run.reading
-                    if self.ends[other] == 0 and run.prompts[self.occupants[other]] == prompt
-                ]
-                if run.unread[prompt] and run.shelf_prompt != prompt:
-                    mates.append(self.shelf)
-                    run.shelf_prompt = prompt
-                self._copy(slot, mates)
-        complete = [slot for slot in run.reading if self.ends[slot] == self.lengths[slot]]
-        if complete:
+    def _step(self, run: _Run) -> None:
+        """One call of the model: the last token of every active slot, and chunks of prefixes that are being read. Then
+        the next token of every slot whose prefix is in the cache."""
+        ready, reading, sizes, parts = self._parts(run)
+        hidden = run.extend(parts) if parts else self.hidden[:0]
+        self.ends[ready] += 1
+        self.decoding_steps += bool(len(ready))
+        if run.reading:
+            self.hidden[reading] = hidden[len(ready) :]
+            self._share_prompts(run, reading, sizes)
+            complete = [slot for slot in run.reading if self.ends[slot] == self.lengths[slot]]
             run.reading = [slot for slot in run.reading if self.ends[slot] < self.lengths[slot]]
-            slots = np.array(complete)
-            going = self._draw(run, slots, self.hidden[complete])
-            run.active = np.concatenate((run.active, going))
+            hidden = torch.cat((hidden[: len(ready)], self.hidden[complete]))
+            ready = np.concatenate((ready, np.array(complete, dtype=np.int64)))
+        if len(ready):
+            run.active = self._draw(run, ready, hidden)
 
-    def _extend_readers(self, run: _Run) -> np.ndarray | None:
-        """Reads the next chunks of as many prefixes as the budget holds; the slots that moved on, if any had to."""
+    def _parts(self, run: _Run) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Part]]:
+        """What the next call feeds, with pages for it: active slots by one token, readers by their chunks. Where pages
+        run out, somebody gives way."""
         while True:
-            slots, sizes = self._chunks(run)
-            if not len(slots):
-                return None
-            at = self._extension(run, slots, sizes)
-            if at is not None:
-                break
-        width = at.positions.shape[1]
-        columns = self.ends[slots][:, None] + np.arange(width)
+            reading, sizes = self._chunks(run)
+            try:
+                fed = [(run.active, np.ones_like(run.active)), (reading, sizes)]
+                parts = [self._part(slots, counts) for slots, counts in fed if len(slots)]
+            except OutOfPages:
+                self._give_way(run)
+                continue
+            self.prefilled_tokens += int(sizes.sum())
+            return run.active, reading, sizes, parts
+
+    def _part(self, slots: np.ndarray, sizes: np.ndarray) -> Part:
+        """The next `sizes` tokens of each slot, and where they go. Raises OutOfPages."""
+        at = self.cache.extension(slots, self.ends[slots], sizes)
+        columns = self.ends[slots][:, None] + np.arange(at.positions.shape[1])
         token_ids = self.tokens[slots[:, None], np.minimum(columns, self.max_tokens - 1)].astype(np.int64)
-        hidden = self.model.extend(torch.as_tensor(token_ids, device=at.slots.device), self.cache, at)
-        self.hidden[at.slots] = hidden[torch.arange(len(slots), device=at.slots.device), at.lengths - 1]
-        self.ends[slots] += sizes
-        self.prefilled_tokens += int(sizes.sum())
-        return slots
+        return torch.as_tensor(token_ids, device=at.slots.device), at
+
+    def _share_prompts(self, run: _Run, readers: np.ndarray, sizes: np.ndarray) -> None:
+        """Moves readers on by what they have read. A prompt is read by one of the seated requests that share it; the
+        others, and the shelf if more of them wait, copy what it has when it stands at the prompt's end."""
+        self.ends[readers] += sizes
+        for slot in readers[self.ends[readers] == self.prompt_ends[readers]].tolist():
+            prompt = run.prompts[self.occupants[slot]]
+            mates = [
+                other for other in run.reading if self.ends[other] == 0 and run.prompts[self.occupants[other]] == prompt
+            ]
+            if run.unread[prompt] and run.shelf_prompt != prompt:
+                mates.append(self.shelf)
+                run.shelf_prompt = prompt
+            self._copy(slot, mates)
 
     def _chunks(self, run: _Run) -> tuple[np.ndarray, np.ndarray]:
         """Who reads how many tokens now: the oldest first, up to the budget of padded tokens, and never across the end
@@ -304,46 +313,27 @@ class V4Engine:
             sizes.append(size)
         return np.array(slots, dtype=np.int64), np.array(sizes, dtype=np.int64)
 
-    def _extension(self, run: _Run, slots: np.ndarray, sizes: np.ndarray) -> Extension | None:
-        """Pages for `sizes` more tokens; None when there were too few and somebody gave way, maybe one of these."""
-        try:
-            return self.cache.extension(slots, self.ends[slots], sizes)
-        except OutOfPages:
-            self._give_way(run)
-            return None
-
-    # ---- decoding ----------------------------------------------------------------------------------------------------
-
-    def _decode(self, run: _Run) -> None:
-        """One more token for every active slot: feed the last one drawn, draw the next."""
-        while (at := self._extension(run, run.active, np.ones_like(run.active))) is None:
-            if not len(run.active):
-                return
-        slots = run.active
-        token_ids = torch.as_tensor(self.tokens[slots, self.ends[slots]].astype(np.int64), device=at.slots.device)
-        hidden = self.model.extend(token_ids[:, None], self.cache, at)
-        self.ends[slots] += 1
-        self.decoding_steps += 1
-        run.active = self._draw(run, slots, hidden[:, 0])
-
     def _draw(self, run: _Run, slots: np.ndarray, hidden: torch.Tensor) -> np.ndarray:
         """Draws the token that follows the cached ones and logs it; returns the slots that go on, and frees the others.
 
         The token is not in the cache yet.
         """
         logits = linear(hidden.float(), self.model.head.float())
-        positions = torch.as_tensor(self.lengths[slots], device=logits.device)
+        lengths = self.lengths[slots]
+        positions = torch.as_tensor(lengths, device=logits.device)
         keys = self.keys[torch.as_tensor(slots, device=logits.device)]
         samples = sample(logits, keys, positions, run.sampling).samples()
-        self.tokens[slots, self.lengths[slots]] = samples.token_ids
-        self.lengths[slots] += 1
+        self.tokens[slots, lengths] = samples.token_ids
+        self.lengths[slots] = lengths + 1
         stopped = self.stops[samples.token_ids]
-        over = stopped | (self.lengths[slots] >= self.limits[slots])
+        over = stopped | (lengths + 1 >= self.limits[slots])
         owners = self.occupants[slots]
         if run.log is not None:
             run.log.append(owners, samples, owners[over], stopped[over])
         run.owners.append(owners)
         run.steps.append(samples)
+        if not over.any():
+            return slots
         for slot, by_token in zip(slots[over].tolist(), stopped[over], strict=True):
             run.reasons[int(self.occupants[slot])] = "stop" if by_token else "length"
             self.free.append(slot)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from opd.config import SamplingConfig
+from opd.kernels import draw as compiled
 from rollout.request import NO_SAMPLES, Samples
 
 GOLDEN_GAMMA = -7046029254386353131  # SplitMix64's increment 0x9E3779B97F4A7C15 and multipliers, as signed numbers
@@ -49,7 +50,7 @@ def _shift(state: Tensor, bits: int) -> Tensor:
 class Draws(NamedTuple):
     """One token per row, on the device it was drawn on."""
 
-    tokens: Tensor  # int64 [N]
+    tokens: Tensor  # integers [N]
     logprobs: Tensor  # float32 [N], of the distribution they were drawn from
     untruncated_logprobs: Tensor  # float32 [N], before truncation; without it the same tensor
     kept: Tensor | None  # bool [N, V], the ids that truncation kept; None without it
@@ -58,7 +59,9 @@ class Draws(NamedTuple):
         """The same on the host: one trip there, and two more for what truncation kept."""
         columns = [self.tokens.to(torch.int32), self.logprobs.view(torch.int32)]
         if self.kept is None:
-            tokens, logprobs = torch.stack(columns).cpu().numpy()
+            # On a CPU they are there.
+            here = columns if self.tokens.is_cpu else torch.stack(columns).cpu()
+            tokens, logprobs = (column.numpy() for column in here)
             return Samples(
                 token_ids=tokens,
                 logprobs=logprobs.view(np.float32),
@@ -85,10 +88,14 @@ def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: Sam
     Logits are taken to float32, the cumulative sum to float64. Raises ValueError for logits that are not finite.
     """
     logits = logits_NV.float()
+    if sampling.temperature > 0.0 and not truncates(sampling) and compiled.usable(logits):
+        tokens, logprobs = compiled.draw(logits, keys_N, positions_N, sampling.temperature)
+        if len(tokens) and int(tokens.min()) < 0:
+            _refuse(logits)
+        return Draws(tokens, logprobs, logprobs, None)
     # One pass for the usual case: the extremes of a tensor that holds a NaN or an infinity are not finite.
     if not torch.isfinite(torch.stack(logits.aminmax())).all():
-        row = int((~torch.isfinite(logits)).any(-1).nonzero()[0])
-        raise ValueError(f"the policy's logits are not finite (row {row}); the published weights are damaged")
+        _refuse(logits)
     if sampling.temperature == 0.0:
         tokens = logits.argmax(-1)
         logprobs = torch.log_softmax(logits, -1).gather(1, tokens[:, None])[:, 0]
@@ -106,6 +113,11 @@ def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: Sam
     tokens = _draw(log_p.exp(), keys_N, positions_N)
     logprobs, before = (values.gather(1, tokens)[:, 0] for values in (log_p, untruncated))
     return Draws(tokens[:, 0], logprobs, before, kept)
+
+
+def _refuse(logits: Tensor) -> NoReturn:
+    row = int((~torch.isfinite(logits)).any(-1).nonzero()[0])
+    raise ValueError(f"the policy's logits are not finite (row {row}); the published weights are damaged")
 
 
 def _draw(p_NV: Tensor, keys_N: Tensor, positions_N: Tensor) -> Tensor:

@@ -47,7 +47,9 @@ from opd.config import (
 )
 from opd.fp4 import Fp4Linear, dequantize, is_fp4_name, packed_weights
 from opd.model import HubModel
+from opd.model.cache import Cache
 from opd.model.hub import load_hub_model
+from opd.model.step import Extend, Part, stepper
 from opd.model.transformer import DeepseekV4, initialize, v4_config
 from opd.types import Actor, Fp4Tensor, Future, Group, Prompt, Trajectory, VersionSpan
 from opd.weights import named_weights, save_checkpoint, snapshot_of
@@ -229,6 +231,15 @@ def key_for(output: int, position: int) -> int:
     return key - word if key >= word // 2 else key
 
 
+@pytest.fixture(params=["compiled", "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Draws in one compiled pass, and in tensor operations."""
+    if request.param == "plain":
+        monkeypatch.setattr("opd.kernels.draw.usable", lambda logits: False)
+    return request.param
+
+
+@pytest.mark.usefixtures("way")
 def test_the_ends_of_the_interval_are_never_reached_and_never_leave_the_support() -> None:
     keys = torch.tensor([key_for(output, 6) for output in (0, 2**64 - 1)])
     lowest, highest = uniform(keys, torch.full((2,), 6)).tolist()
@@ -245,6 +256,7 @@ def test_the_ends_of_the_interval_are_never_reached_and_never_leave_the_support(
             assert torch.isfinite(logprobs).all()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
     [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 5, 1.0), (1.0, 0, 0.6), (1.3, 9, 0.75), (1.0, 1, 1.0), (1.0, 0, 1e-6)],
@@ -299,6 +311,7 @@ def test_greedy_takes_the_lowest_id_among_equals_and_tells_the_plain_log_prob() 
     assert torch.allclose(logprobs, logits.log_softmax(-1)[[0, 1], [1, 0]])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_raise(value: float, temperature: float) -> None:
@@ -307,6 +320,23 @@ def test_logits_that_are_not_finite_raise(value: float, temperature: float) -> N
     none = torch.zeros(3, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"logits are not finite \(row 1\)"):
         sample(logits, none, none, SamplingConfig(temperature=temperature))
+
+
+def test_both_ways_draw_the_same_at_any_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On both sides of a block's border and of a vector's; rows do not depend on each other."""
+    generator, sampling = torch.Generator().manual_seed(3), SamplingConfig(temperature=0.8)
+    for width in (1, 2, 7, 16, 17, 63, 64, 65, 128, 1000, 40_000):
+        logits = torch.randn(50, width, generator=generator) * 4
+        keys = torch.randint(-(2**62), 2**62, (50,), generator=generator)
+        positions = torch.arange(50) % 9
+        found = sample(logits, keys, positions, sampling)
+        alone = sample(logits[7:8], keys[7:8], positions[7:8], sampling)
+        assert found.tokens[7] == alone.tokens[0] and found.logprobs[7] == alone.logprobs[0]
+        with monkeypatch.context() as patch:
+            patch.setattr("opd.kernels.draw.usable", lambda logits: False)
+            expected = sample(logits, keys, positions, sampling)
+        assert found.tokens.tolist() == expected.tokens.tolist()
+        assert torch.allclose(found.logprobs, expected.logprobs, atol=2e-5, rtol=0)
 
 
 # ---- the V4 engine ---------------------------------------------------------------------------------------------------
@@ -551,21 +581,25 @@ def test_a_request_may_have_a_limit_of_its_own(policy: DeepseekV4) -> None:
 
 
 def test_nobody_waits_for_a_long_prompt(policy: DeepseekV4, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two chunks of reading there is a decoding step, and no chunk is above the budget."""
-    sizes: list[tuple[int, int]] = []
-    extend = policy.extend
+    """Whoever has read its prompt goes on while another is read, in chunks that are within the budget."""
+    calls: list[list[tuple[int, int]]] = []  # rows and columns of each part
 
-    def seen(token_ids: torch.Tensor, *rest: Any) -> torch.Tensor:
-        sizes.append((token_ids.shape[0], token_ids.shape[1]))
-        return extend(token_ids, *rest)
+    def seen(model: DeepseekV4, cache: Cache) -> Extend:
+        extend = stepper(model, cache)
 
-    monkeypatch.setattr(policy, "extend", seen)
+        def step(parts: Sequence[Part]) -> torch.Tensor:
+            calls.append([(len(token_ids), token_ids.shape[1]) for token_ids, _ in parts])
+            return extend(parts)
+
+        return step
+
+    monkeypatch.setattr("rollout.engine.stepper", seen)
     engine = V4Engine(policy, num_slots=4, max_tokens=MAX_TOKENS, stop_ids=[], seed=SEED, prefill_tokens=7)
     long = dataclasses.replace(SAMPLED, max_new_tokens=12)
     engine.generate(requests_of(1, (0, 1, 5)), long, 0)
-    reads = [index for index, (rows, width) in enumerate(sizes) if width > 1]
-    assert max(rows * width for rows, width in sizes) <= 7
-    assert len(reads) >= 4 and all(b - a >= 2 for a, b in itertools.pairwise(reads))
+    assert max(rows * columns for (rows, columns) in itertools.chain(*calls)) <= 7
+    both = [call for call in calls if len(call) == 2]
+    assert len(both) >= 2 and all(decoding[1] == 1 < reading[1] for decoding, reading in both)
 
 
 # ---- models of the hub -----------------------------------------------------------------------------------------------

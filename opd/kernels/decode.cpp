@@ -9,6 +9,7 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include "operators.h"
 #include "vectors.h"
 
 namespace {
@@ -24,7 +25,9 @@ struct Decoding {
 #define LOOPS "decode_kernels.h"
 #include "every_vector.h"
 
-using Maybe = std::optional<at::Tensor>;
+}  // namespace
+
+namespace opd {
 
 at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& own, const at::Tensor& ring,
                             const Maybe& entries, const at::Tensor& sinks, const at::Tensor& slots,
@@ -46,7 +49,7 @@ at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& own, cons
   return out;
 }
 
-}  // namespace
+}  // namespace opd
 
 TORCH_LIBRARY_FRAGMENT(opd, library) {
   library.def("decode_attention(Tensor query, Tensor own, Tensor ring, Tensor? entries, Tensor sinks, Tensor slots, "
@@ -54,5 +57,5 @@ TORCH_LIBRARY_FRAGMENT(opd, library) {
 }
 
 TORCH_LIBRARY_IMPL(opd, CPU, library) {
-  library.impl("decode_attention", decode_attention);
+  library.impl("decode_attention", opd::decode_attention);
 }

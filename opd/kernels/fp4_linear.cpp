@@ -33,6 +33,8 @@
 #include <utility>
 #include <vector>
 
+#include "operators.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #define OPD_X86 1
@@ -162,6 +164,10 @@ void multiply(const Kernels& kernels, const Group* groups, int64_t num_groups, c
   }
 }
 
+}  // namespace
+
+namespace opd {
+
 at::Tensor fp4_linear(
     const at::Tensor& x,
     const at::Tensor& codes,
@@ -285,11 +291,11 @@ at::Tensor fp4_linear(
   return y;
 }
 
-}  // namespace
+}  // namespace opd
 
 TORCH_LIBRARY(opd, library) {
   library.def("fp4_paths() -> str[]", path_names);
   library.def("fp4_linear(Tensor x, Tensor codes, Tensor scales, int[] sizes, int num_features, str path) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(opd, CPU, library) { library.impl("fp4_linear", fp4_linear); }
+TORCH_LIBRARY_IMPL(opd, CPU, library) { library.impl("fp4_linear", opd::fp4_linear); }

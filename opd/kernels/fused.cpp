@@ -12,6 +12,7 @@
 
 #include <tuple>
 
+#include "operators.h"
 #include "vectors.h"
 
 namespace {
@@ -112,34 +113,44 @@ void over_rows(int64_t rows, int64_t width, Work work) {
                    [&](int64_t begin, int64_t end) { work(begin * TOKENS, std::min(rows, end * TOKENS)); });
 }
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> collapse(
-    const at::Tensor& streams, const at::Tensor& fn, const at::Tensor& base, const at::Tensor& scale,
+}  // namespace
+
+namespace opd {
+
+// fn [rows, n D] as `collapse_with_panel` reads it: [n D, rows filled up with zeros to whole vectors].
+at::Tensor mixing_panel(const at::Tensor& fn) {
+  at::Tensor panel = at::zeros({fn.size(1), (fn.size(0) + 15) / 16 * 16}, fn.options());
+  panel.narrow(1, 0, fn.size(0)).copy_(fn.t());
+  return panel;
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> collapse_with_panel(
+    const at::Tensor& streams, const at::Tensor& panel, const at::Tensor& base, const at::Tensor& scale,
     double norm_eps, double hc_eps, int64_t iterations) {
-  const int64_t n = streams.size(0), tokens = streams.size(1), width = streams.size(2), rows = fn.size(0);
+  const int64_t n = streams.size(0), tokens = streams.size(1), width = streams.size(2), rows = base.size(0);
   TORCH_CHECK(n == 4, "collapse is compiled for 4 streams");
   const auto options = streams.options();
   at::Tensor collapsed = at::empty({tokens, width}, options), post = at::empty({n, tokens}, options),
              residual = at::empty({n, n, tokens}, options), mix = at::empty({rows, tokens}, options),
              inverse = at::empty({tokens}, options);
-  const int64_t padded = (rows + 15) / 16 * 16;
-  at::Tensor fn_t = at::zeros({n * width, padded}, options);
   by_type(streams, [&](auto zero) {
     using T = decltype(zero);
-    const T* from = fn.const_data_ptr<T>();
-    T* to = fn_t.mutable_data_ptr<T>();
-    for (int64_t i = 0; i < n * width; ++i) {
-      for (int64_t row = 0; row < rows; ++row) to[i * padded + row] = from[row * n * width + i];
-    }
-    const CollapseArguments<T> a{streams.const_data_ptr<T>(), to, base.const_data_ptr<T>(), scale.const_data_ptr<T>(),
-                                 collapsed.mutable_data_ptr<T>(), post.mutable_data_ptr<T>(),
+    const CollapseArguments<T> a{streams.const_data_ptr<T>(), panel.const_data_ptr<T>(), base.const_data_ptr<T>(),
+                                 scale.const_data_ptr<T>(), collapsed.mutable_data_ptr<T>(), post.mutable_data_ptr<T>(),
                                  residual.mutable_data_ptr<T>(), mix.mutable_data_ptr<T>(),
-                                 inverse.mutable_data_ptr<T>(), tokens, width, padded, T(norm_eps), T(hc_eps),
+                                 inverse.mutable_data_ptr<T>(), tokens, width, panel.size(1), T(norm_eps), T(hc_eps),
                                  int(iterations)};
     over_rows(tokens, n * width * 8, [&](int64_t begin, int64_t end) {
       WITH_BEST((fast::collapse<T, 4>(a, begin, end)));
     });
   });
   return {collapsed, post, residual, mix, inverse};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> collapse(
+    const at::Tensor& streams, const at::Tensor& fn, const at::Tensor& base, const at::Tensor& scale,
+    double norm_eps, double hc_eps, int64_t iterations) {
+  return collapse_with_panel(streams, mixing_panel(fn), base, scale, norm_eps, hc_eps, iterations);
 }
 
 // Adds to `grad_streams`. Also returns the gradients of fn, in parts that are yet to be summed [parts, rows, n D], and of
@@ -416,7 +427,7 @@ at::Tensor mxfp4_values(const at::Tensor& x) {
   return out;
 }
 
-}  // namespace
+}  // namespace opd
 
 TORCH_LIBRARY_FRAGMENT(opd, library) {
   library.def("hc_collapse(Tensor streams, Tensor fn, Tensor base, Tensor scale, float norm_eps, float hc_eps, "
@@ -443,18 +454,18 @@ TORCH_LIBRARY_FRAGMENT(opd, library) {
 }
 
 TORCH_LIBRARY_IMPL(opd, CPU, library) {
-  library.impl("hc_collapse", collapse);
-  library.impl("hc_collapse_backward", collapse_backward);
-  library.impl("hc_expand", expand);
-  library.impl("hc_expand_backward", expand_backward);
-  library.impl("norm", norm);
-  library.impl("norm_backward", norm_backward);
-  library.impl("swiglu", swiglu);
-  library.impl("swiglu_backward", swiglu_backward);
-  library.impl("affinity", affinity);
-  library.impl("compress_step", compress_step);
-  library.impl("expert_rows", expert_rows);
-  library.impl("mxfp4_values", mxfp4_values);
-  library.impl("gather", gather);
-  library.impl("gather_backward", gather_backward);
+  library.impl("hc_collapse", opd::collapse);
+  library.impl("hc_collapse_backward", opd::collapse_backward);
+  library.impl("hc_expand", opd::expand);
+  library.impl("hc_expand_backward", opd::expand_backward);
+  library.impl("norm", opd::norm);
+  library.impl("norm_backward", opd::norm_backward);
+  library.impl("swiglu", opd::swiglu);
+  library.impl("swiglu_backward", opd::swiglu_backward);
+  library.impl("affinity", opd::affinity);
+  library.impl("compress_step", opd::compress_step);
+  library.impl("expert_rows", opd::expert_rows);
+  library.impl("mxfp4_values", opd::mxfp4_values);
+  library.impl("gather", opd::gather);
+  library.impl("gather_backward", opd::gather_backward);
 }

@@ -16,6 +16,7 @@
 #include <functional>
 #include <numeric>
 
+#include "operators.h"
 #include "vectors.h"
 
 namespace {
@@ -78,6 +79,10 @@ void check_sizes(at::IntArrayRef sizes, int64_t rows) {
 
 // One of its last two strides is 1: a matrix or a transposed one.
 at::Tensor readable(const at::Tensor& x) { return x.stride(-1) == 1 || x.stride(-2) == 1 ? x : x.contiguous(); }
+
+}  // namespace
+
+namespace opd {
 
 // out [G, M, N] = a [G, M, K] b [G, K, N], or out + that.
 void products(const at::Tensor& a_given, const at::Tensor& b_given, at::Tensor& out, bool add) {
@@ -149,7 +154,7 @@ void products_over_rows(const at::Tensor& a_given, const at::Tensor& b_given, at
   }
 }
 
-}  // namespace
+}  // namespace opd
 
 TORCH_LIBRARY_FRAGMENT(opd, library) {
   library.def("linear(Tensor x, Tensor weight) -> Tensor");
@@ -159,8 +164,8 @@ TORCH_LIBRARY_FRAGMENT(opd, library) {
 }
 
 TORCH_LIBRARY_IMPL(opd, CPU, library) {
-  library.impl("linear", linear);
-  library.impl("products", products);
-  library.impl("products_by_rows", products_by_rows);
-  library.impl("products_over_rows", products_over_rows);
+  library.impl("linear", opd::linear);
+  library.impl("products", opd::products);
+  library.impl("products_by_rows", opd::products_by_rows);
+  library.impl("products_over_rows", opd::products_over_rows);
 }

@@ -176,8 +176,10 @@ class Cache:
     table: np.ndarray = field(init=False)  # int64 [slots, pages of max_tokens], -1 for none
     references: np.ndarray = field(init=False)  # int64 [pages], slots that hold the page
     free: list[int] = field(init=False)  # page numbers; the last one is taken next
+    own: np.ndarray = field(init=False)  # int64 [2, slots]: from where to where lies a page that is the slot's alone
 
     def __post_init__(self) -> None:
+        self.own = np.zeros((2, self.num_slots), dtype=np.int64)
         self.table = np.full((self.num_slots, -(-self.max_tokens // self.page_tokens)), -1, dtype=np.int64)
         self.references = np.zeros(self.num_pages, dtype=np.int64)
         self.free = list(range(self.num_pages - 1, -1, -1))
@@ -216,14 +218,40 @@ class Cache:
         )
 
     def _reserve(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+        # A decoding step touches nothing here unless a row enters a page or writes to one it shares.
+        begin, end = self.own[:, slots]
+        if ((starts >= begin) & (ends <= end)).all():
+            return
         first, last = starts // self.page_tokens, (ends - 1) // self.page_tokens
         fresh = (starts == 0) & (self.table[slots, 0] >= 0)
         held = self.table[slots, first]
-        # A decoding step touches nothing here unless a row enters a page or writes to one it shares.
-        quiet = ~fresh & (first == last) & (held >= 0) & (self.references[held] == 1)
-        rows = np.flatnonzero(~quiet)
-        if not len(rows):
-            return
+        is_one = ~fresh & (first == last)
+        rows = np.flatnonzero(~(is_one & (held >= 0) & (self.references[held] == 1)))
+        if len(rows):
+            # Most often a row walks into its next page.
+            next_page = (
+                is_one[rows] & (held[rows] < 0) & (starts[rows] > 0) & (self.own[1, slots[rows]] == starts[rows])
+            )
+            if next_page.all() and len(rows) <= len(self.free):
+                pages = self.free[-len(rows) :][::-1]
+                del self.free[-len(rows) :]
+                self.references[pages] = 1
+                self.table[slots[rows], first[rows]] = pages
+            else:
+                self._take_pages(slots, starts, first, last, fresh, rows)
+        # Whoever starts at 0 is given pages anew.
+        self.own[:, slots] = np.maximum(last * self.page_tokens, 1), (last + 1) * self.page_tokens
+
+    def _take_pages(
+        self,
+        slots: np.ndarray,
+        starts: np.ndarray,
+        first: np.ndarray,
+        last: np.ndarray,
+        fresh: np.ndarray,
+        rows: np.ndarray,
+    ) -> None:
+        """What `rows` of the call need: pages first .. last, theirs alone. Changes nothing when it raises."""
         lost = (starts > 0) & (self.table[slots, np.maximum(starts - 1, 0) // self.page_tokens] < 0)
         if lost.any():
             slot, start = slots[lost][0], starts[lost][0]
@@ -272,6 +300,7 @@ class Cache:
             self.references[held] -= 1
             self.free += [int(page) for page in held[::-1] if self.references[page] == 0]
             self.table[slot] = -1
+            self.own[:, slot] = 0
 
     def fork(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
         """Slot destinations[i] goes on from the state of sources[i]: pages shared, ring and tails copied. No slot may
@@ -282,6 +311,7 @@ class Cache:
         held = self.table[np.asarray(sources)]
         self.table[np.asarray(destinations)] = held
         np.add.at(self.references, held[held >= 0], 1)
+        self.own[:, np.concatenate((sources, destinations))] = 0
         device = self.layers[0].window.device
         source, destination = torch.as_tensor(sources, device=device), torch.as_tensor(destinations, device=device)
         for tensor in (tensor for layer in self.layers for tensor in layer.per_slot()):
