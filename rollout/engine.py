@@ -21,13 +21,12 @@ import numpy as np
 import torch
 
 from opd.config import ConfigError, SamplingConfig
-from opd.kernels.products import linear
 from opd.model import DeepseekV4
 from opd.model.cache import OutOfPages
 from opd.model.step import Extend, Part, stepper
 from opd.types import FinishReason, Trajectory
 from rollout.request import Request, Samples, by_owner, check_requests, concatenate, end_of, finished
-from rollout.sampling import sample, trajectory_key
+from rollout.sampling import sample_next, trajectory_key
 from rollout.wal import Log, log_complete
 
 PREFILL_TOKENS = 8192  # padded prompt tokens read between two decoding steps
@@ -318,11 +317,10 @@ class V4Engine:
 
         The token is not in the cache yet.
         """
-        logits = linear(hidden.float(), self.model.head.float())
         lengths = self.lengths[slots]
-        positions = torch.as_tensor(lengths, device=logits.device)
-        keys = self.keys[torch.as_tensor(slots, device=logits.device)]
-        samples = sample(logits, keys, positions, run.sampling).samples()
+        positions = torch.as_tensor(lengths, device=hidden.device)
+        keys = self.keys[torch.as_tensor(slots, device=hidden.device)]
+        samples = sample_next(hidden, self.model.head, keys, positions, run.sampling).samples()
         self.tokens[slots, lengths] = samples.token_ids
         self.lengths[slots] = lengths + 1
         stopped = self.stops[samples.token_ids]

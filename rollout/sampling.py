@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opd.config import SamplingConfig
 from opd.kernels import draw as compiled
+from opd.kernels.products import linear
 from rollout.request import NO_SAMPLES, Samples
 
 GOLDEN_GAMMA = -7046029254386353131  # SplitMix64's increment 0x9E3779B97F4A7C15 and multipliers, as signed numbers
@@ -88,7 +89,7 @@ def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: Sam
     Logits are taken to float32, the cumulative sum to float64. Raises ValueError for logits that are not finite.
     """
     logits = logits_NV.float()
-    if sampling.temperature > 0.0 and not truncates(sampling) and compiled.usable(logits):
+    if _is_plain(sampling) and compiled.usable(logits):
         tokens, logprobs = compiled.draw(logits, keys_N, positions_N, sampling.temperature)
         if len(tokens) and int(tokens.min()) < 0:
             _refuse(logits)
@@ -113,6 +114,21 @@ def sample(logits_NV: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: Sam
     tokens = _draw(log_p.exp(), keys_N, positions_N)
     logprobs, before = (values.gather(1, tokens)[:, 0] for values in (log_p, untruncated))
     return Draws(tokens[:, 0], logprobs, before, kept)
+
+
+def sample_next(
+    hidden_ND: Tensor, head_VD: Tensor, keys_N: Tensor, positions_N: Tensor, sampling: SamplingConfig
+) -> Draws:
+    """As `sample`, from what the output head is multiplied by."""
+    if _is_plain(sampling) and compiled.usable(hidden_ND, head_VD):
+        tokens, logprobs = compiled.draw_next(hidden_ND, head_VD, keys_N, positions_N, sampling.temperature)
+        if not len(tokens) or int(tokens.min()) >= 0:
+            return Draws(tokens, logprobs, logprobs, None)
+    return sample(linear(hidden_ND.float(), head_VD.float()), keys_N, positions_N, sampling)
+
+
+def _is_plain(sampling: SamplingConfig) -> bool:
+    return sampling.temperature > 0.0 and not truncates(sampling)
 
 
 def _refuse(logits: Tensor) -> NoReturn:

@@ -14,9 +14,9 @@ from torch import Tensor
 from opd.kernels.library import operators
 
 
-def usable(logits: Tensor) -> bool:
-    """Whether logits like these can go through this file."""
-    return logits.is_cpu and logits.dtype == torch.float32 and operators() is not None
+def usable(*tensors: Tensor) -> bool:
+    """Whether tensors like these can go through this file."""
+    return all(tensor.is_cpu and tensor.dtype == torch.float32 for tensor in tensors) and operators() is not None
 
 
 def draw(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -26,5 +26,19 @@ def draw(logits: Tensor, keys: Tensor, positions: Tensor, temperature: float) ->
     `position` of the SplitMix64 generator that starts at the key; -1 for a row that holds something that is not finite.
     """
     ops: Any = operators()
-    tokens, logprobs = ops.draw(logits.contiguous(), keys.contiguous(), positions.contiguous(), temperature).unbind()
+    return _columns(ops.draw(logits.contiguous(), keys.contiguous(), positions.contiguous(), temperature))
+
+
+def draw_next(
+    hidden: Tensor, head: Tensor, keys: Tensor, positions: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """The same of the logits hidden [N, D] times head [V, D], transposed, which need not all exist at once."""
+    ops: Any = operators()
+    return _columns(
+        ops.draw_next(hidden.contiguous(), head, keys.contiguous(), positions.contiguous(), temperature)
+    )
+
+
+def _columns(drawn: Tensor) -> tuple[Tensor, Tensor]:
+    tokens, logprobs = drawn.unbind()
     return tokens, logprobs.view(torch.float32)
