@@ -166,6 +166,16 @@ def test_tiled_bytes_go_back(experts: int, outputs: int, inputs: int) -> None:
 
 
 @needs_library
+def test_large_codes_that_change_pages_keep_their_bytes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (3, 2048, 1024), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(1, 255, (3, 2048, 64), dtype=torch.uint8, generator=generator)
+    again = cpu.untiled(*cpu.tiled(codes, scales), 2048)
+    assert torch.equal(again[0], codes)
+    assert torch.equal(again[1], scales)
+
+
+@needs_library
 def test_refuses_what_does_not_fit() -> None:
     packed, x = Fp4Experts(weight_of(2, 20, 64)), torch.zeros(5, 64)
     cases: list[tuple[tuple[Any, ...], str]] = [

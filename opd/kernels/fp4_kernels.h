@@ -39,10 +39,10 @@ enum class Source { codes, codes_to_keep, kept };
 using TileKernel = void (*)(const uint8_t*, const uint8_t*, uint32_t*, const void*, int64_t, float*);
 
 // How far ahead of their use codes are asked for. A processor's own prefetcher begins anew at every page, and this
-// hides memory's latency on either side of it.
-constexpr int AHEAD = 16384;
+// hides memory's latency on either side of it. Many rows, which need longer for a code, ask less far ahead.
+constexpr int AHEAD = 16384, AHEAD_KEPT = 4096;
 
-constexpr int KEPT = 16384;  // bytes of decoded weights: with the rows they meet, they fit in a first-level cache
+constexpr int KEPT = 8192;  // bytes of decoded weights: with the rows they meet, they fit in a first-level cache
 
 inline float float_of(uint32_t bits) {
   float value;

@@ -5,9 +5,9 @@
 // one fixed order, first within a block and then, times the block's scale, over blocks. Hence a row's result is the
 // same bits whatever rows, threads and experts it is computed with; it depends on the path only.
 //
-// Few rows are bound by how fast codes come from memory: they are read once, in the order in which they lie, and asked
-// for well ahead. Many rows are bound by multiplying: the first rows that need a weight decode it, and leave it in the
-// innermost cache for the others.
+// Few rows are bound by how fast codes come from memory: they are read once, in the order in which they lie, asked for
+// well ahead, and held in large pages. Many rows are bound by multiplying: the first rows that need a weight decode it,
+// and leave it in the innermost cache for the others.
 //
 // Packed layout (made by opd/kernels/cpu.py). A tile is 32 output features; N is padded to whole tiles.
 //   codes  [E, tiles, K / 8, 32, 4]: for every 8 inputs, 4 bytes per feature. Nibble p of those 32 bits, from the
@@ -32,6 +32,10 @@
 #include <string>
 #include <utility>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "operators.h"
 
@@ -80,12 +84,6 @@ Path path_named(const std::string& name) {
 // the result being the same: no product or sum overflows or falls below the normal numbers, folded or not.
 struct Window {
   int lowest = 256, highest = -1;  // none
-
-  bool holds(const uint8_t* bytes, int64_t count) const {
-    uint8_t least = 255, most = 0;
-    for (int64_t i = 0; i < count; ++i) least = std::min(least, bytes[i]), most = std::max(most, bytes[i]);
-    return least >= lowest && most <= highest;
-  }
 };
 
 // Rows of a tile's totals, of `lanes` features, to places in y that are `stride` apart.
@@ -110,6 +108,17 @@ AVX512 Window window_of(const uint16_t* x, int64_t count) {
   return {std::max(2, 127 - 126 + 8 - smallest), std::min(252, 127 + 127 - 9 - largest)};
 }
 
+// Whether all of the bytes, a multiple of 32, lie within the window.
+AVX512 bool holds(const Window& window, const uint8_t* bytes, int64_t count) {
+  if (window.lowest > window.highest) return false;
+  const __m256i lowest = _mm256_set1_epi8(window.lowest), highest = _mm256_set1_epi8(window.highest);
+  __mmask32 outside = 0;
+  for (int64_t i = 0; i < count; i += 32) {
+    const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes + i));
+    outside |= _mm256_cmplt_epu8_mask(values, lowest) | _mm256_cmpgt_epu8_mask(values, highest);
+  }
+  return outside == 0;
+}
 
 AVX512 void narrow_avx512(const float* totals, int64_t rows, int64_t lanes, c10::BFloat16* to, int64_t stride) {
   if (lanes == TILE) return narrow(totals, rows, TILE, to, stride);  // known to the compiler, which unrolls it
@@ -129,12 +138,41 @@ struct Chunk {
   int64_t first_item;  // of the work items, which are (chunk, tile), tile fastest
 };
 
+// [rows][width] -> [width][rows].
 template <typename From, typename To>
 void interleave(const From* x, int64_t width, int64_t rows, To* out) {
   for (int64_t k = 0; k < width; ++k) {
     for (int64_t row = 0; row < rows; ++row) *out++ = static_cast<To>(x[row * width + k]);
   }
 }
+
+#ifdef OPD_X86
+// The same for pairs of bfloat16 in up to 8 rows: 8 x 8 pairs at a time are transposed. `width` is a multiple of 8.
+AVX512 void interleave_pairs(const uint32_t* x, int64_t width, int64_t rows, uint32_t* out) {
+  const __mmask8 mask = (1 << rows) - 1;
+  for (int64_t k = 0; k < width; k += 8) {
+    __m256i row[8], pair[8], quad[8];
+    for (int n = 0; n < 8; ++n) {
+      row[n] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + std::min<int64_t>(n, rows - 1) * width + k));
+    }
+    for (int n = 0; n < 8; n += 2) {
+      pair[n] = _mm256_unpacklo_epi32(row[n], row[n + 1]), pair[n + 1] = _mm256_unpackhi_epi32(row[n], row[n + 1]);
+    }
+    for (int n = 0; n < 8; n += 4) {
+      for (int i = 0; i < 2; ++i) {
+        quad[n + 2 * i] = _mm256_unpacklo_epi64(pair[n + i], pair[n + 2 + i]);
+        quad[n + 2 * i + 1] = _mm256_unpackhi_epi64(pair[n + i], pair[n + 2 + i]);
+      }
+    }
+    for (int i = 0; i < 8; ++i) {
+      const __m256i low = quad[i % 4], high = quad[4 + i % 4];
+      const __m256i column =
+          i < 4 ? _mm256_permute2x128_si256(low, high, 0x20) : _mm256_permute2x128_si256(low, high, 0x31);
+      _mm256_mask_storeu_epi32(out + (k + i) * rows, mask, column);
+    }
+  }
+}
+#endif
 
 // Adds to totals [rows][32] the products of a chunk's groups with one tile of its expert. `inputs` are the interleaved
 // rows of all groups.
@@ -144,6 +182,7 @@ void multiply(const Kernels& kernels, const Group* groups, int64_t num_groups, c
   alignas(64) uint32_t kept[KEPT / 4];
   const bool keeps = num_groups > 1 && kernels.kept_bytes > 0;
   const int64_t pass = keeps ? KEPT / (kernels.kept_bytes * block_groups) : num_blocks;
+  const int64_t share = pass * block_groups * GROUP_BYTES / num_groups;
   Window window = groups->window;
   for (const Group* group = groups + 1; group < groups + num_groups; ++group) {
     window.lowest = std::max(window.lowest, group->window.lowest);
@@ -152,9 +191,18 @@ void multiply(const Kernels& kernels, const Group* groups, int64_t num_groups, c
   for (int64_t block = 0; block < num_blocks; block += pass) {
     const int64_t blocks = std::min(pass, num_blocks - block);
     const uint8_t* pass_scales = scales + block * TILE;
-    const bool folds = keeps && block_groups == 4 && window.holds(pass_scales, blocks * TILE);
+    bool folds = false;
+#ifdef OPD_X86
+    folds = keeps && block_groups == 4 && holds(window, pass_scales, blocks * TILE);
+#endif
+    // Codes are asked for by all groups, evenly: a burst would hold up what the products wait for.
+    const uint8_t* ahead = codes + block * block_groups * GROUP_BYTES + AHEAD_KEPT;
+    int64_t asked = 0;
     const auto& by_rows = kernels.by_rows[folds ? 2 : block_groups == 2];
     for (const Group* group = groups; group < groups + num_groups; ++group) {
+      if (keeps) {
+        for (int64_t end = asked + share; asked < end; asked += 64) __builtin_prefetch(ahead + asked);
+      }
       const Source source = !keeps ? Source::codes : group == groups ? Source::codes_to_keep : Source::kept;
       by_rows[int(source)][group->rows - 1](
           codes + block * block_groups * GROUP_BYTES, pass_scales, kept,
@@ -239,9 +287,9 @@ at::Tensor fp4_linear(
         if (in_pairs) {
 #ifdef OPD_X86
           group.window = window_of(reinterpret_cast<const uint16_t*>(x_bytes) + first, group.rows * width);
+          interleave_pairs(reinterpret_cast<const uint32_t*>(x_bytes) + first / 2, width / 2, group.rows,
+                           reinterpret_cast<uint32_t*>(to));
 #endif
-          interleave(reinterpret_cast<const uint32_t*>(x_bytes) + first / 2, width / 2, group.rows,
-                     reinterpret_cast<uint32_t*>(to));
         } else if (is_bf16) {
           interleave(reinterpret_cast<const c10::BFloat16*>(x_bytes) + first, width, group.rows,
                      reinterpret_cast<float*>(to));
@@ -291,11 +339,27 @@ at::Tensor fp4_linear(
   return y;
 }
 
+// Asks the system to hold a tensor's memory in large pages, as far as it fills them: reading packed weights once from
+// end to end is slowed by every change of page. Only a wish, which costs no memory and may be refused.
+void use_large_pages(const at::Tensor& tensor) {
+#ifdef __linux__
+  constexpr uintptr_t PAGE = 2 << 20;
+  constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which the C library's headers may be too old to name
+  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, last = (begin + tensor.nbytes()) / PAGE * PAGE;
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, COLLAPSE);
+#endif
+}
+
 }  // namespace opd
 
 TORCH_LIBRARY(opd, library) {
+  library.def("use_large_pages(Tensor tensor) -> ()");
   library.def("fp4_paths() -> str[]", path_names);
   library.def("fp4_linear(Tensor x, Tensor codes, Tensor scales, int[] sizes, int num_features, str path) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(opd, CPU, library) { library.impl("fp4_linear", opd::fp4_linear); }
+TORCH_LIBRARY_IMPL(opd, CPU, library) {
+  library.impl("fp4_linear", opd::fp4_linear);
+  library.impl("use_large_pages", opd::use_large_pages);
+}
