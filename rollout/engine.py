@@ -30,7 +30,7 @@ from rollout.sampling import sample_next, trajectory_key
 from rollout.wal import Log, log_complete
 
 PREFILL_TOKENS = 8192  # padded prompt tokens read between two decoding steps
-REFILL_SHARE = 4  # requests join when one slot in so many is free: reading one prompt costs nearly a decoding step
+REFILL_SHARE = 8  # requests whose prompt is to be read join when one slot in so many is free: together they cost less
 SPARE_SHARE = 8  # pages kept free for decoding when a request is seated: one for so many active slots
 NOBODY = -1
 
@@ -165,9 +165,12 @@ class V4Engine:
 
     def _admit(self, run: _Run) -> None:
         """Seats the requests that have waited longest, as many as there are slots and pages for."""
+        if not run.waiting or not self.free:
+            return
         num_seated = self.num_slots - len(self.free)
         enough = min(len(run.waiting), max(1, self.num_slots // REFILL_SHARE))
-        if not run.waiting or (num_seated and len(self.free) < enough):
+        is_read = run.prompts[run.waiting[0]] == run.shelf_prompt
+        if num_seated and len(self.free) < enough and not is_read:
             return
         promised = sum(self._pages(self.lengths[s] + 1) - self._pages(self.ends[s]) for s in run.reading)
         room = self.cache.free_pages - promised - -(-len(run.active) // SPARE_SHARE)

@@ -156,8 +156,7 @@ def test_what_is_not_compiled_takes_the_other_way() -> None:
 
 
 @torch.no_grad()
-def test_a_step_keeps_the_weights_it_was_made_with_in_place() -> None:
-    """Numbers that change in place are seen; a module that is replaced needs another step."""
+def test_a_step_keeps_the_weights_it_was_made_with() -> None:
     model = wide("experts", False, 4, layer_types=[CSA, HCA], mlp_layer_types=["moe", "moe"], num_hidden_layers=2)
     cache = model.new_cache(1, 20)
 
@@ -165,9 +164,6 @@ def test_a_step_keeps_the_weights_it_was_made_with_in_place() -> None:
         return extend([part_of(cache, [(0, 0, [1, 2, 3])])])
 
     old = stepper(model, cache)
-    before = first(old)
-    model.blocks[0].self_attn.q_a_proj.weight.mul_(1.5)
-    assert not torch.equal(first(old), before)
     pack = model.blocks[1].mlp.experts.down_proj
     assert isinstance(pack, Fp4Experts)
     published = pack.packed()

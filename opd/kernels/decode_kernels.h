@@ -67,20 +67,30 @@ KERNEL static void mixture(const T* weights, int64_t heads, int64_t width, const
   }
 }
 
-// Softmax over the keys and the sink, in place.
+// Softmax over the keys and the sink, in place. What is past `size` becomes zero.
 template <typename T>
 KERNEL static void weigh(T* logits, int64_t heads, int64_t size, int64_t padded, const T* sinks, T scale) {
+  using V = typename Lanes<T>::V;
+  constexpr int count = Lanes<T>::count;
+  const int64_t whole = (size + count - 1) / count * count;
   for (int64_t h = 0; h < heads; ++h) {
     T* row = logits + h * padded;
-    T largest = sinks[h];
-    for (int64_t s = 0; s < size; ++s) row[s] *= scale;
-    for (int64_t s = 0; s < size; ++s) largest = std::max(largest, row[s]);
-    for (int64_t s = 0; s < size; ++s) row[s] -= largest;
-    exponential(row, size);
-    T sum = std::exp(sinks[h] - largest);
-    for (int64_t s = 0; s < size; ++s) sum += row[s];
-    const T reciprocal = T(1) / sum;
-    for (int64_t s = 0; s < size; ++s) row[s] *= reciprocal;
+    std::fill(row + size, row + whole, -INFINITY);
+    V most = V{} + sinks[h];
+    for (int64_t s = 0; s < whole; s += count) {
+      const V x = load(row + s) * scale;
+      store(row + s, x);
+      most = x > most ? x : most;
+    }
+    T largest = most[0];
+    for (int lane = 1; lane < count; ++lane) largest = std::max(largest, most[lane]);
+    for (int64_t s = 0; s < whole; s += count) store(row + s, load(row + s) - largest);
+    exponential(row, whole);
+    std::fill(row + size, row + whole, T(0));
+    V sum{};
+    for (int64_t s = 0; s < whole; s += count) sum += load(row + s);
+    const T reciprocal = T(1) / (total<T>(sum) + std::exp(sinks[h] - largest));
+    for (int64_t s = 0; s < whole; s += count) store(row + s, load(row + s) * reciprocal);
   }
 }
 
@@ -106,17 +116,21 @@ KERNEL static void decode(const Decoding<T>& a, int64_t most, int64_t begin, int
       continue;
     }
     int64_t size = 0;
-    for (int64_t past = std::max<int64_t>(0, position - a.window + 1); past < a.starts[b]; ++past, ++size) {
-      keys[size] = a.ring + (a.slots[b] * a.window + past % a.window) * C;
+    int64_t past = std::max<int64_t>(0, position - a.window + 1), place = past % a.window;
+    for (; past < a.starts[b]; ++past, ++size) {
+      keys[size] = a.ring + (a.slots[b] * a.window + place) * C;
+      if (++place == a.window) place = 0;
     }
     for (int64_t own = std::max<int64_t>(0, token - a.window + 1); own <= token; ++own, ++size) {
       keys[size] = a.own + (b * a.tokens + own) * C;
     }
     const int64_t limit = a.entries ? (a.picks ? a.num_picks : a.visible[query]) : 0;
-    for (int64_t i = 0; i < limit; ++i) {
+    const int64_t* pages = a.pages + b * a.num_pages;
+    for (int64_t i = 0, page = 0; i < limit; ++i) {
       const int64_t entry = a.picks ? a.picks[query * a.num_picks + i] : i;
       if (entry < 0) continue;
-      keys[size++] = a.entries + (a.pages[b * a.num_pages + entry / a.per_page] * a.per_page + entry % a.per_page) * C;
+      if (entry < page * a.per_page || entry >= (page + 1) * a.per_page) page = entry / a.per_page;
+      keys[size++] = a.entries + (pages[page] * a.per_page + entry - page * a.per_page) * C;
     }
     attend(a.query + query * stride, a.heads, C, keys.data(), size, padded, a.sinks, weights.data(),
            a.out + query * stride);

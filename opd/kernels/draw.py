@@ -34,9 +34,7 @@ def draw_next(
 ) -> tuple[Tensor, Tensor]:
     """The same of the logits hidden [N, D] times head [V, D], transposed, which need not all exist at once."""
     ops: Any = operators()
-    return _columns(
-        ops.draw_next(hidden.contiguous(), head, keys.contiguous(), positions.contiguous(), temperature)
-    )
+    return _columns(ops.draw_next(hidden.contiguous(), head, keys.contiguous(), positions.contiguous(), temperature))
 
 
 def _columns(drawn: Tensor) -> tuple[Tensor, Tensor]:

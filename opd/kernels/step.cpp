@@ -2,7 +2,7 @@
 //
 // The operators, their order and their arguments are those of `DeepseekV4.extend` and of what it calls, so the bits of
 // the results are too. What goes away is Python's part: some sixty calls a layer, which at small width take longer than
-// what they compute. A step is made for weights and a cache that stay where they are while it lives; tensors are found
+// what they compute. A step is made for weights and a cache that stay as they are while it lives; tensors are found
 // under their published names.
 //
 // float32 on the CPU, four streams, caches that hold float32 rows (index keys may be MXFP4). opd/model/step.py decides
@@ -16,7 +16,6 @@
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/mul.h>
 #include <ATen/ops/sum.h>
-#include <ATen/ops/topk.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/custom_class.h>
@@ -212,19 +211,47 @@ struct Indexer : Compressor {
         width(q_b_proj.size(0) / heads),
         topk(named(sizes, "topk")) {}
 
-  // int64 [B, T, k]: which of the first `count` entries each query attends to. Of every token: h, latent and turns.
+  // int64 [B, T, k]: which of the first `count` entries each query attends to. Of every token: h, latent and turns. A row
+  // that sees no more than `topk` has nothing to choose, and no index queries.
   Tensor pick(const Tensor& h, const Tensor& latent, const Tensor& turns, const Tensor& visible, int64_t count,
               const Part& at) const {
-    const Tensor table = at.pages.narrow(1, 0, (count + per_page - 1) / per_page).contiguous();
-    const int64_t k = std::min(topk, count), step = std::max<int64_t>(1, QUERY_NUMBERS / (at.batch * heads * width));
+    const int64_t k = std::min(topk, count);
+    const int64_t* sees = visible.const_data_ptr<int64_t>();
+    std::vector<int64_t> rows;
+    for (int64_t b = 0; b < at.batch; ++b) {
+      if (*std::max_element(sees + b * at.tokens, sees + (b + 1) * at.tokens) > k) rows.push_back(b);
+    }
+    const int64_t chosen = rows.size();
+    if (chosen == at.batch) return score(at.of(h), at.of(latent), at.of(turns), visible, at.pages, k, count);
+    Tensor picks = at::empty({at.batch, at.tokens, k}, visible.options());
+    int64_t* to = picks.mutable_data_ptr<int64_t>();
+    for (int64_t query = 0; query < at.count(); ++query, to += k) {
+      for (int64_t i = 0; i < k; ++i) to[i] = i < sees[query] ? i : -1;
+    }
+    if (chosen == 0) return picks;
+    Tensor index = at::empty({chosen}, visible.options());
+    std::copy(rows.begin(), rows.end(), index.mutable_data_ptr<int64_t>());
+    const auto some = [&](const Tensor& x) { return at::index_select(x, 0, index); };
+    const Tensor found = score(some(at.of(h)), some(at.of(latent)), some(at.of(turns)), some(visible), some(at.pages), k,
+                               count);
+    const int64_t* from = found.const_data_ptr<int64_t>();
+    to = picks.mutable_data_ptr<int64_t>();
+    for (int64_t i = 0; i < chosen; ++i) std::copy_n(from + i * at.tokens * k, at.tokens * k, to + rows[i] * at.tokens * k);
+    return picks;
+  }
+
+  Tensor score(const Tensor& h, const Tensor& latent, const Tensor& turns, const Tensor& visible, const Tensor& pages,
+               int64_t k, int64_t count) const {
+    const Tensor table = pages.narrow(1, 0, (count + per_page - 1) / per_page).contiguous();
+    const int64_t batch = h.size(0), tokens = h.size(1), step = std::max<int64_t>(1, QUERY_NUMBERS / (batch * heads * width));
     std::vector<Tensor> found;
-    for (int64_t begin = 0; begin < at.tokens; begin += step) {
-      const int64_t size = std::min(step, at.tokens - begin);
+    for (int64_t begin = 0; begin < tokens; begin += step) {
+      const int64_t size = std::min(step, tokens - begin);
       const auto some = [&](const Tensor& x) { return x.narrow(1, begin, size).contiguous(); };
-      const Tensor query = opd::linear(some(at.of(latent)), q_b_proj).view({at.batch, size, heads, width});
+      const Tensor query = opd::linear(some(latent), q_b_proj).view({batch, size, heads, width});
       const Tensor weights =
-          at::mul(opd::linear(some(at.of(h)), weights_proj), std::pow(static_cast<double>(width * heads), -0.5));
-      const Tensor turned = turn(query, some(at.of(turns)).view({-1, turns.size(1), 2}), heads, false);
+          at::mul(opd::linear(some(h), weights_proj), std::pow(static_cast<double>(width * heads), -0.5));
+      const Tensor turned = turn(query, some(turns).view({-1, turns.size(2), 2}), heads, false);
       found.push_back(opd::index_pick(rounded(turned), weights, entries, table, some(visible), k, hadamard.has_value()));
     }
     return found.size() == 1 ? found[0] : at::cat(found, 1);
@@ -277,7 +304,7 @@ struct Layer {
   Tensor router;
   Maybe hash, bias;
   Stack gate_up, down;
-  Tensor shared_gate, shared_up, shared_down;
+  Tensor shared_gate_up, shared_down;
   int64_t heads, groups, experts, per_token;
   double eps, limit, factor;
   bool is_sigmoid;
@@ -300,8 +327,8 @@ struct Layer {
         router(named(t, "mlp.gate.weight")),
         gate_up(t, "mlp.experts.gate_up_proj", named(sizes, "gate_up_features")),
         down(t, "mlp.experts.down_proj", named(sizes, "down_features")),
-        shared_gate(named(t, "mlp.shared_experts.gate_proj.weight")),
-        shared_up(named(t, "mlp.shared_experts.up_proj.weight")),
+        shared_gate_up(at::cat({named(t, "mlp.shared_experts.gate_proj.weight"),
+                                named(t, "mlp.shared_experts.up_proj.weight")})),
         shared_down(named(t, "mlp.shared_experts.down_proj.weight")),
         heads(named(sizes, "heads")),
         groups(named(sizes, "groups")),
@@ -367,20 +394,44 @@ struct Layer {
     return opd::linear(ranks.view({rows.size(0), -1}), o_b_proj);
   }
 
+  // Of affinities [N, E] each token's K best with the bias, the best first, unless they are looked up; their affinities.
+  void route(const Tensor& scores, int64_t* chosen, float* weights) const {
+    const float *score = scores.const_data_ptr<float>(), *added = bias ? bias->const_data_ptr<float>() : nullptr;
+    std::vector<float> best(per_token);
+    for (int64_t t = 0; t < scores.size(0); ++t, score += experts, chosen += per_token, weights += per_token) {
+      if (added) {
+        int64_t count = 0;
+        for (int64_t e = 0; e < experts; ++e) {
+          const float value = score[e] + added[e];
+          if (count == per_token && !(value > best[count - 1])) continue;
+          int64_t place = count < per_token ? count++ : count - 1;
+          for (; place > 0 && value > best[place - 1]; --place) {
+            best[place] = best[place - 1], chosen[place] = chosen[place - 1];
+          }
+          best[place] = value, chosen[place] = e;
+        }
+      }
+      for (int64_t k = 0; k < per_token; ++k) weights[k] = score[chosen[k]];
+    }
+  }
+
   // The MoE: [N, D] -> [N, D].
   Tensor mix(const Tensor& x, const Tensor& token_ids, const std::string& path) const {
     const Tensor scores = opd::affinity(opd::linear(x, router), is_sigmoid);
-    const Tensor chosen = hash ? at::index_select(*hash, 0, token_ids)
-                               : std::get<1>(at::topk(at::add(scores, *bias), per_token, -1));
-    Tensor weights = scores.gather(1, chosen);
-    weights = at::mul(weights, at::mul(at::add(at::sum(weights, {-1}, true), 1e-20).reciprocal(), factor));
+    Tensor chosen = hash ? at::index_select(*hash, 0, token_ids) : at::empty({x.size(0), per_token}, token_ids.options());
+    Tensor weights = at::empty({x.size(0), per_token}, x.options());
+    route(scores, chosen.mutable_data_ptr<int64_t>(), weights.mutable_data_ptr<float>());
+    const Tensor sums = at::sum(weights, {-1}, true);  // torch's own order of additions, as in `Router`
+    float* weight = weights.mutable_data_ptr<float>();
+    for (int64_t t = 0; t < x.size(0); ++t, weight += per_token) {
+      const float share = 1.f / (sums.const_data_ptr<float>()[t] + 1e-20f) * static_cast<float>(factor);
+      for (int64_t k = 0; k < per_token; ++k) weight[k] *= share;
+    }
     const auto [source, places, counts] = opd::expert_rows(chosen, experts);
     const at::IntArrayRef sizes(counts.const_data_ptr<int64_t>(), experts);
     const Tensor hidden = opd::swiglu(gate_up(at::index_select(x, 0, source), sizes, path), {}, limit);
     const Tensor routed = opd::gather(down(hidden, sizes, path), places, weights);
-    const Tensor shared =
-        opd::linear(opd::swiglu(opd::linear(x, shared_gate), opd::linear(x, shared_up), limit), shared_down);
-    return at::add(routed, shared);
+    return at::add(routed, opd::linear(opd::swiglu(opd::linear(x, shared_gate_up), {}, limit), shared_down));
   }
 };
 

@@ -29,8 +29,8 @@ Extend = Callable[[Sequence[Part]], Tensor]
 
 def stepper(model: DeepseekV4, cache: Cache) -> Extend:
     """What maps parts of a step, say decoding rows and chunks of prompts, to the hidden states of their rows' last new
-    tokens, [rows of all parts, D], as `model.extend` does with this cache, under the weights that the model holds now.
-    No gradient."""
+    tokens, [rows of all parts, D], as `model.extend` does with this cache, under the weights that the model holds now,
+    which must stay as they are. No gradient."""
     if not _fits(model, cache):
 
         def by_operators(parts: Sequence[Part]) -> Tensor:
