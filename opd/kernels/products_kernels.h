@@ -3,6 +3,7 @@
 constexpr int LANES = BYTES / sizeof(float);
 // A tile's sums stay in registers: 24 of AVX-512's 32, 12 of the 16 that the others have.
 constexpr int TILE_ROWS = BYTES == 64 ? 12 : 6;
+constexpr int64_t PAGE = 4096;  // bytes from one address to the next with the same place in a first cache, or a fraction
 using Floats = Lanes<float>::V;
 
 // Rows 0 .. TILE_ROWS / VECTORS * 2 - 1 of a tile whose columns are VECTORS vectors.
@@ -68,12 +69,16 @@ KERNEL static void pack_rows(
   }
 }
 
-// One tile: each sum runs over `inner` in order, in one register, whatever the tile's place in the product.
+// One tile: each sum runs over `inner` in order, in one register, whatever the tile's place in the product. By rows, `a`
+// has them `a_row` apart, three to a pointer, or there would not be enough registers for the pointers.
 template <int VECTORS, bool BY_ROWS>
 KERNEL static inline void tile(
-    const float* a, const float* b, int64_t b_row, int64_t inner, float* c, int64_t c_row, int64_t c_column, int64_t rows,
-    int64_t columns, bool add) {
+    const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inner, float* c, int64_t c_row, int64_t c_column,
+    int64_t rows, int64_t columns, bool add) {
   constexpr int ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
+  const float* threes[ROWS / 3];
+#pragma GCC unroll 8
+  for (int i = 0; i < ROWS / 3; ++i) threes[i] = a + 3 * i * a_row;
   Floats sums[ROWS][VECTORS];
 #pragma GCC unroll 24
   for (int i = 0; i < ROWS; ++i) {
@@ -86,10 +91,12 @@ KERNEL static inline void tile(
     for (int v = 0; v < VECTORS; ++v) from_b[v] = load(b + p * b_row + v * LANES);
 #pragma GCC unroll 24
     for (int i = 0; i < ROWS; ++i) {
-      const float from_a = BY_ROWS ? a[i * ROW_STRIDE + p] : a[p * ROWS + i];
+      const float from_a = BY_ROWS ? threes[i / 3][i % 3 * a_row] : a[p * ROWS + i];
 #pragma GCC unroll 2
       for (int v = 0; v < VECTORS; ++v) sums[i][v] += from_a * from_b[v];
     }
+#pragma GCC unroll 8
+    for (int i = 0; i < ROWS / 3; ++i) ++threes[i];
   }
   if (c_column == 1 && rows == ROWS && columns == SPAN) {
 #pragma GCC unroll 24
@@ -135,14 +142,19 @@ KERNEL static void multiply_rows(
   alignas(64) float own[ROWS * ROW_STRIDE];
   for (int64_t panel = first; panel < last; ++panel) {
     const int64_t start = panel * ROWS, rows = std::min(ROWS, product.rows - start);
-    pack_rows<ROWS>(
-        product.a + start * product.a_row + inner_start * product.a_column, product.a_row, product.a_column, inner,
-        rows, BY_ROWS, own);
+    const float* a = product.a + start * product.a_row + inner_start * product.a_column;
+    // Whole rows are read where they lie, unless they would be in each other's place in the first cache.
+    const bool as_it_lies = BY_ROWS && rows == ROWS && product.a_row * sizeof(float) % PAGE != 0;
+    for (int64_t i = 0; as_it_lies && i < ROWS; ++i) {  // the next panel's, which the processor does not foresee
+      const float* later = a + (ROWS + i) * product.a_row;
+      for (int64_t p = 0; p < inner; p += 64 / sizeof(float)) __builtin_prefetch(later + p, 0, 2);
+    }
+    if (!as_it_lies) pack_rows<ROWS>(a, product.a_row, product.a_column, inner, rows, BY_ROWS, own);
     float* c = product.c + start * product.c_row + column_start * product.c_column;
     for (int64_t column = 0; column < columns; column += SPAN) {
       tile<VECTORS, BY_ROWS>(
-          own, b + column / SPAN * b_span, b_row, inner, c + column * product.c_column, product.c_row,
-          product.c_column, rows, std::min(SPAN, columns - column), add);
+          as_it_lies ? a : own, as_it_lies ? product.a_row : ROW_STRIDE, b + column / SPAN * b_span, b_row, inner,
+          c + column * product.c_column, product.c_row, product.c_column, rows, std::min(SPAN, columns - column), add);
     }
   }
 }
