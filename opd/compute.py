@@ -41,7 +41,7 @@ def recompute_layers(model: nn.Module) -> None:
         if isinstance(module, Attention | GradientCheckpointingLayer):
             _become(module, _recomputed(type(module), "forward"))
         elif isinstance(module, Block):
-            _become(module, _recomputed(type(module), "mix_experts"))
+            _become(module, _recomputed(type(module), "apply_experts"))
 
 
 def seal_reports(model: nn.Module) -> None:

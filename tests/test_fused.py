@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from opd.fp4 import fake_quantize
 from opd.kernels import fused
 from opd.kernels.library import operators
-from opd.model.hyper_connection import HyperConnection, HyperHead
+from opd.model.compressor import Compressor
+from opd.model.hyper_connection import HyperConnection, HyperHead, Site
 from opd.model.layers import RMSNorm, norm_rotate, rope_rotation, rotate, swiglu, unit_rms
 from opd.model.moe import SCORING, Experts, affinities
 
@@ -66,6 +67,14 @@ def connection(width: int, dtype: torch.dtype, scale: float = 0.3) -> HyperConne
     return site.to(dtype)
 
 
+def hyper_head(width: int, dtype: torch.dtype) -> HyperHead:
+    head = HyperHead(4, width, 1e-6, 1e-6)
+    with torch.no_grad():
+        for index, parameter in enumerate(head.parameters()):
+            parameter.copy_(inputs(*parameter.shape, seed=index, scale=0.3))
+    return head.to(dtype)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "width"), [(1, 8), (15, 12), (16, 16), (33, 37), (100, 128), (7, 3)])
 def test_hyper_connection(dtype: torch.dtype, tokens: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +85,58 @@ def test_hyper_connection(dtype: torch.dtype, tokens: int, width: int, monkeypat
         return [at.hidden, at.post, at.residual, site.expand(at, at.hidden.tanh())]
 
     agree(*both_ways(compute, [streams, *site.parameters()], monkeypatch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 8), (15, 12), (16, 16), (33, 37), (600, 128), (7, 3)])
+def test_expansion_into_the_next_site(
+    dtype: torch.dtype, tokens: int, width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second, head = connection(width, dtype), connection(width, dtype, scale=0.2), hyper_head(width, dtype)
+    streams = inputs(4, tokens, width, dtype=dtype).requires_grad_()
+
+    def compute() -> Sequence[Tensor]:
+        one = first.collapse(streams)
+        two = first.expand_into(one, one.hidden.tanh(), second)
+        return [*two, *second.expand_into_head(two, two.hidden.sin(), head)]
+
+    leaves = [streams, *first.parameters(), *second.parameters(), *head.parameters()]
+    agree(*both_ways(compute, leaves, monkeypatch))
+
+
+def test_gradient_of_the_next_site_where_only_some_of_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second, head = (connection(24, torch.float64), connection(24, torch.float64), hyper_head(24, torch.float64))
+    streams = inputs(4, 20, 24).requires_grad_()
+    leaves = [streams, *first.parameters()]
+
+    def one() -> Site:
+        return first.collapse(streams)
+
+    for compute in (
+        lambda: [first.expand_into(at := one(), at.hidden, second).streams],
+        lambda: [first.expand_into(at := one(), at.hidden, second).hidden],
+        lambda: [first.expand_into(at := one(), at.hidden, second).residual],
+        lambda: [first.expand_into_head(at := one(), at.hidden, head)[1]],
+    ):
+        agree(*both_ways(compute, leaves, monkeypatch))
+
+
+def test_expansion_into_the_next_site_is_bit_for_bit_the_two_steps(threads: Callable[[int], None]) -> None:
+    """And its gradients are the same on any number of threads."""
+    first, second = connection(128, torch.float32), connection(128, torch.float32, scale=0.2)
+    streams, output = (inputs(*shape, dtype=torch.float32) for shape in ((4, 5000, 128), (5000, 128)))
+    threads(1)
+    at = first.collapse(streams)
+    expected = second.collapse(first.expand(at, output))
+    leaves = [streams.requires_grad_(), output.requires_grad_(), *first.parameters(), *second.parameters()]
+    found = []
+    for count in (1, 2):
+        threads(count)
+        following = first.expand_into(at := first.collapse(streams), output * 1, second)
+        assert all(torch.equal(*pair) for pair in zip(following, expected, strict=True))
+        out = torch.stack([(part * inputs(*part.shape, dtype=part.dtype)).sum() for part in following])
+        found.append(torch.autograd.grad(out.sum(), leaves))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
 
 
 def test_gradient_reaches_streams_that_are_not_expanded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,11 +167,7 @@ def test_second_use_of_the_streams_keeps_its_own_gradient(monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_hyper_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    head = HyperHead(4, 40, 1e-6, 1e-6)
-    with torch.no_grad():
-        for index, parameter in enumerate(head.parameters()):
-            parameter.copy_(inputs(*parameter.shape, seed=index, scale=0.3))
-    head, streams = head.to(dtype), inputs(4, 21, 40, dtype=dtype).requires_grad_()
+    head, streams = hyper_head(40, dtype), inputs(4, 21, 40, dtype=dtype).requires_grad_()
     agree(*both_ways(lambda: [head(streams)], [streams, *head.parameters()], monkeypatch))
 
 
@@ -213,6 +270,52 @@ def test_experts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     x, weights = inputs(41, 20, dtype=dtype).requires_grad_(), inputs(41, 3, seed=5, dtype=dtype).requires_grad_()
     chosen = torch.rand(41, 5, generator=torch.Generator().manual_seed(0)).argsort(-1)[:, :3]  # expert 5 has no rows
     agree(*both_ways(lambda: [experts(x, weights, chosen)], [x, weights, *experts.parameters()], monkeypatch))
+
+
+def compressor(ratio: int, width: int, overlap: bool, dtype: torch.dtype) -> Compressor:
+    module = Compressor(20, width, ratio, overlap, 1e-6)
+    with torch.no_grad():
+        for index, parameter in enumerate(module.parameters()):
+            parameter.copy_(inputs(*parameter.shape, seed=index, scale=0.6))
+    return module.to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("ratio", "width", "length"),
+    [(4, 32, 128), (4, 16, 31), (3, 6, 8), (16, 40, 50), (1, 5, 7), (4, 8, 4), (4, 8, 5), (5, 19, 900)],
+)
+def test_pooling_of_whole_sequences(
+    ratio: int, width: int, length: int, overlap: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = compressor(ratio, width, overlap, dtype)
+    h, frequencies = inputs(3, length, 20, dtype=dtype).requires_grad_(), torch.tensor([1.0, 0.1])
+    found, expected = both_ways(lambda: [module.compress(h, frequencies)], [h, *module.parameters()], monkeypatch)
+    assert found[0].shape == (3, length // ratio, width)
+    agree(found, expected)
+
+
+def test_pooling_is_the_same_bits_in_any_batch_and_on_any_number_of_threads(threads: Callable[[int], None]) -> None:
+    module = compressor(4, 32, True, torch.float32)
+    h, frequencies = inputs(9, 700, 20, dtype=torch.float32).requires_grad_(), torch.tensor([1.0])
+    found = []
+    for count in (1, 2):
+        threads(count)
+        entries = module.compress(h, frequencies)
+        found.append([entries, *torch.autograd.grad((entries * 3).sin().sum(), [h, *module.parameters()])])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+    assert torch.equal(module.compress(h[4:5, :333], frequencies), found[0][0][4:5, :83])
+    assert module.compress(h[:, :3], frequencies).shape == (9, 0, 32)
+
+
+def test_large_and_missing_gates_pool_as_a_softmax_would() -> None:
+    kv, gate, bias = inputs(2, 8, 6), inputs(2, 8, 6, seed=1, scale=300.0), inputs(4, 6, seed=2)
+    gate[0, 0], gate[1, 5, 2] = -torch.inf, float("nan")
+    found = fused.pool(kv, gate, bias, False)
+    weights = (gate.view(2, 2, 4, 6) + bias).softmax(2)
+    expected = (weights * kv.view(2, 2, 4, 6)).sum(2)
+    assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12, equal_nan=True)
 
 
 @pytest.mark.parametrize("seed", range(12))

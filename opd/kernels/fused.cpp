@@ -18,40 +18,9 @@
 namespace {
 
 constexpr int64_t PART = 512;            // tokens whose part of the mixing matrix's gradient is summed before the rest
-constexpr int64_t LARGE = 8 << 20;        // bytes that do not stay in a processor's caches until they are read again
 constexpr int64_t WEIGHT_ROWS = 512;     // whose part of a norm weight's gradient is summed before the rest
 
-template <typename T>
-struct CollapseArguments {
-  const T *streams, *fn_t, *base, *scale;
-  T *collapsed, *post, *residual, *mix, *inverse;
-  int64_t tokens, width, padded;
-  T norm_eps, hc_eps;
-  int iterations;
-};
-
-template <typename T>
-struct CollapseGradients {
-  const T *streams, *fn, *base, *scale, *mix, *inverse, *grad_collapsed, *grad_post, *grad_residual;
-  T *grad_streams, *grad_logits;
-  int64_t tokens, width;
-  T hc_eps;
-  int iterations;
-};
-
-template <typename T>
-struct ExpandArguments {
-  const T *streams, *output, *post, *residual;
-  T* mixed;
-  int64_t tokens, width;
-};
-
-template <typename T>
-struct ExpandGradients {
-  const T *streams, *output, *post, *residual, *grad;
-  T *grad_streams, *grad_output, *grad_post, *grad_residual;
-  int64_t tokens, width;
-};
+#include "hyper_connection.h"
 
 // inverse null: no norm. turns [turn_rows, pairs] complex; row r takes turn r / heads % turn_rows.
 template <typename T>

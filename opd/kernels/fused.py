@@ -35,6 +35,9 @@ class _Nothing:
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         pass
 
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
 
 def _run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     if torch.is_grad_enabled():
@@ -83,10 +86,13 @@ class _Collapse(torch.autograd.Function):
             grad_residual,
             *ctx.settings,
         )
-        n = len(streams)
-        of_scale = torch.linalg.vecdot(logits, mix).split([n, n, n * n])
-        grad_scale = torch.stack([part.sum() for part in of_scale])
-        return grad_streams, of_fn.sum(0), logits.sum(1), grad_scale, None, None, None
+        return grad_streams, *_of_mapping(of_fn, logits, mix, len(streams)), None, None, None
+
+
+def _of_mapping(of_fn: Tensor, logits: Tensor, mix: Tensor, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of fn, base and scale from parts of the first [parts, rows, n D] and those of the logits [rows, N]."""
+    of_scale = torch.linalg.vecdot(logits, mix).split([n, n, n * n])
+    return of_fn.sum(0), logits.sum(1), torch.stack([part.sum() for part in of_scale])
 
 
 def collapse(
@@ -113,6 +119,61 @@ class _Expand(torch.autograd.Function):
 def expand(streams: Tensor, output: Tensor, post: Tensor, residual: Tensor) -> Tensor:
     """The streams after the block, [n, N, D]."""
     return _run(_Expand, streams, output, post, residual)
+
+
+class _ExpandCollapse(torch.autograd.Function):
+    """Both in one, without the streams between them on the way back: their values are made again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        streams: Tensor,
+        output: Tensor,
+        post: Tensor,
+        residual: Tensor,
+        fn: Tensor,
+        base: Tensor,
+        scale: Tensor,
+        norm_eps: float,
+        hc_eps: float,
+        iterations: int,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ops: Any = operators()
+        given = [tensor.contiguous() for tensor in (streams, output, post, residual, fn, base, scale)]
+        *results, mix, inverse = ops.hc_expand_collapse(*given, norm_eps, hc_eps, iterations)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*given, mix, inverse)
+        ctx.settings = (hc_eps, iterations)
+        return tuple(results)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        ops: Any = operators()
+        streams, output, post, residual, *mapping, mix, inverse = ctx.saved_tensors
+        of_mixed, *of_site = (None if grad is None else grad.contiguous() for grad in grads)
+        for index, like in enumerate((output, post, residual)):
+            if of_site[index] is None:
+                of_site[index] = torch.zeros_like(like)
+        *of_inputs, of_fn, logits = ops.hc_expand_collapse_backward(
+            of_mixed, *of_site, streams, output, post, residual, *mapping, mix, inverse, *ctx.settings
+        )
+        return *of_inputs, *_of_mapping(of_fn, logits, mix, len(streams)), None, None, None
+
+
+def expand_collapse(
+    streams: Tensor,
+    output: Tensor,
+    post: Tensor,
+    residual: Tensor,
+    fn: Tensor,
+    base: Tensor,
+    scale: Tensor,
+    norm_eps: float,
+    hc_eps: float,
+    iterations: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`expand`, and `collapse` of the result by the next site's fn, base and scale: what that returns."""
+    return _run(_ExpandCollapse, streams, output, post, residual, fn, base, scale, norm_eps, hc_eps, iterations)
 
 
 class Turns(NamedTuple):
@@ -252,6 +313,28 @@ class _Combine(torch.autograd.Function):
 def combine(rows: Tensor, weights: Tensor, places: Tensor) -> Tensor:
     """sum_k weights[t, k] rows[places[t, k]]: [N K, D], [N, K], int64 [N, K], all places once -> [N, D]."""
     return _run(_Combine, rows, weights, places)
+
+
+class _Pool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, kv: Tensor, gate: Tensor, bias: Tensor, overlap: bool) -> Tensor:
+        ops: Any = operators()
+        given = kv.contiguous(), gate.contiguous(), bias.contiguous()
+        ctx.save_for_backward(*given)
+        ctx.overlap = overlap
+        return ops.pool(*given, overlap)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        ops: Any = operators()
+        of_kv, of_gate, of_bias = ops.pool_backward(grads[0].contiguous(), *ctx.saved_tensors, ctx.overlap)
+        return of_kv, of_gate, of_bias.sum(0), None
+
+
+def pool(kv: Tensor, gate: Tensor, bias: Tensor, overlap: bool) -> Tensor:
+    """Whole sequences, from position 0: kv and gate (without bias) [B, T, S], bias [m, S] -> pooled candidates of the
+    complete blocks [B, T // m, C], before norm and RoPE; S is C, or 2 C with `overlap`."""
+    return _run(_Pool, kv, gate, bias, overlap)
 
 
 def mxfp4_values(x: Tensor) -> Tensor:

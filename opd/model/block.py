@@ -65,8 +65,14 @@ class Block(nn.Module):
         """The MoE half: streams [n, B T, D] after it, affinities [B T, E], expert ids [B T, K]; `given` as in
         `Router.forward`."""
         site = self.ffn_hc.collapse(streams)
-        out, scores, chosen = self.mlp(self.post_attention_layernorm(site.hidden), token_ids.flatten(), given)
+        out, scores, chosen = self.apply_experts(site.hidden, token_ids, given)
         return self.ffn_hc.expand(site, out), scores, chosen
+
+    def apply_experts(
+        self, hidden: Tensor, token_ids: Tensor, given: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm and MoE: [B T, D], int64 [B, T] -> output [B T, D], and the others as in `mix_experts`."""
+        return self.mlp(self.post_attention_layernorm(hidden), token_ids.flatten(), given)
 
 
 def _compressor(config: Any, kind: str) -> Compressor | None:

@@ -42,17 +42,19 @@ class Compressor(nn.Module):
     def compress(self, h_BTD: Tensor, frequencies: Tensor) -> Tensor:
         """All complete blocks of sequences that start at position 0: [B, T, D] -> [B, floor(T / m), C]."""
         batch, blocks = h_BTD.shape[0], h_BTD.shape[1] // self.ratio
-        whole = h_BTD[:, : blocks * self.ratio]
-        kv = self.kv_proj(whole).view(batch, blocks, self.ratio, -1)
-        gate = self.gate_proj(whole).view(batch, blocks, self.ratio, -1) + self.position_bias
+        kv, gate = self.kv_proj(h_BTD), self.gate_proj(h_BTD)
+        rotation = rope_rotation(torch.arange(blocks, device=h_BTD.device) * self.ratio, frequencies)
+        if fused.usable(kv) and kv.dtype == self.position_bias.dtype:
+            return self._entries(fused.pool(kv, gate, self.position_bias, self.overlap), rotation)
+        kv, gate = (x[:, : blocks * self.ratio].reshape(batch, blocks, self.ratio, x.shape[-1]) for x in (kv, gate))
+        gate = gate + self.position_bias
         if self.overlap:
             # The carry series of block i - 1 joins block i; nothing joins block 0, so its gates are minus infinity.
             carry_kv = F.pad(kv[:, :-1, :, : self.width], (0, 0, 0, 0, 1, 0))
             carry_gate = F.pad(gate[:, :-1, :, : self.width], (0, 0, 0, 0, 1, 0), value=-torch.inf)
             kv = torch.cat((carry_kv, kv[..., self.width :]), dim=2)
             gate = torch.cat((carry_gate, gate[..., self.width :]), dim=2)
-        starts = torch.arange(blocks, device=h_BTD.device) * self.ratio
-        return self._pool(kv, gate, rope_rotation(starts, frequencies))
+        return self._pool(kv, gate, rotation)
 
     def extend(self, h_BTD: Tensor, state: CompressorState, at: Extension, frequencies: Tensor) -> None:
         """Adds the new tokens to the ring and stores the entries of the blocks they complete."""

@@ -219,27 +219,30 @@ class DeepseekV4(nn.Module):
         if record_routing:
             record = self.new_routing(*token_ids.shape)
         rotations = self._rotations(positions[None])
-        streams = self._embed(token_ids)
+        site = self.blocks[0].attn_hc.collapse(self._embed(token_ids))
         balance, load, reports = [], [], []
-        for block in self.blocks:
+        streams = hidden = site.hidden  # both come from the last layer
+        for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             rotation, frequencies = rotations[block.self_attn.compressor is not None]
-            site = block.attn_hc.collapse(streams)
             h = block.input_layernorm(site.hidden).view(*token_ids.shape, -1)
             mixed, report = block.self_attn(h, rotation, frequencies, lengths, indexing)
             if report is not None:
                 reports.append(report)
-            streams = block.attn_hc.expand(site, mixed.flatten(0, 1))
-            if block.mlp.gate.is_hash:
-                streams, _, _ = block.mix_experts(streams, token_ids)
+            site = block.attn_hc.expand_into(site, mixed.flatten(0, 1), block.ffn_hc)
+            layer = len(load)  # among those with learned routing
+            replayed = given[layer] if given and not block.mlp.gate.is_hash else None
+            out, scores, chosen = block.apply_experts(site.hidden, token_ids, replayed)
+            if after is None:
+                streams, hidden = block.ffn_hc.expand_into_head(site, out, self.model.hc_head)
             else:
-                layer = len(load)  # among those with learned routing
-                streams, scores, chosen = block.mix_experts(streams, token_ids, given[layer] if given else None)
+                site = block.ffn_hc.expand_into(site, out, after.attn_hc)
+            if not block.mlp.gate.is_hash:
                 if record is not None:
                     record[:, :, layer] = chosen.view(*token_ids.shape, -1)
                 layer_balance, layer_load = balance_statistics(scores, chosen, real)
                 balance.append(layer_balance)
                 load.append(layer_load)
-        hidden = self.model.norm(self.model.hc_head(streams)).view(*token_ids.shape, -1)
+        hidden = self.model.norm(hidden).view(*token_ids.shape, -1)
         output = ModelOutput(hidden, hidden.new_zeros(()), torch.zeros(0, 0, dtype=torch.int64), routing=record)
         if mtp:
             ahead = cast(MtpBlock, self.mtp[0])
