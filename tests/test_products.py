@@ -68,6 +68,36 @@ def test_products_are_those_of_float64(rows: int, inner: int, columns: int) -> N
         assert into[..., 0].isnan().all() and into[..., -2:].isnan().all()
 
 
+def test_layers_of_one_input_together_are_those_layers() -> None:
+    """Values bit for bit, gradients to rounding, and none for what nobody uses or asks for."""
+    layers = [products.Linear(40, width, bias=False) for width in (8, 33, 16, 5)]
+    layers[2].weight.requires_grad_(False)
+    found = []
+    for together in (True, False):
+        x = normal(3, 50, 40).requires_grad_()
+        outs = products.linears(x, *layers) if together else [layer(x) for layer in layers]
+        loss = torch.stack([(out * normal(*out.shape, seed=i)).sum() for i, out in enumerate(outs[:3])]).sum()
+        of_x, *of_weights = torch.autograd.grad(
+            loss, [x, *(layer.weight for layer in layers if layer.weight.requires_grad)], allow_unused=True
+        )
+        assert of_weights.pop() is None
+        found.append((outs, [of_x, *of_weights]))
+    for one, other in zip(found[0][0], found[1][0], strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(found[0][1], found[1][1], strict=True):
+        assert (one - other).abs().amax() < 1e-5 * other.abs().amax()
+
+
+def test_a_layer_that_is_more_than_a_matrix_does_its_own_part() -> None:
+    class Doubled(products.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    x, first, second = normal(4, 6), products.Linear(6, 3, bias=False), Doubled(6, 3, bias=False)
+    outs = products.linears(x, first, second)
+    assert torch.equal(outs[0], first(x)) and torch.equal(outs[1], 2 * products.linear(x, second.weight))
+
+
 def test_nothing_times_something() -> None:
     assert products.matmul(normal(0, 3), normal(3, 4)).shape == (0, 4)
     assert torch.equal(products.matmul(normal(2, 0), normal(0, 4)), torch.zeros(2, 4))

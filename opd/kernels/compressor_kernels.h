@@ -1,20 +1,5 @@
 // The loops of compressor.cpp, included after lanes.h and like it once for every kind of vector instructions.
 
-// Up to a vector's numbers, the rest zero; and back.
-template <typename T>
-KERNEL static inline typename Lanes<T>::V load_some(const T* from, int64_t size) {
-  if (size == Lanes<T>::count) return load(from);
-  typename Lanes<T>::V v{};
-  for (int64_t i = 0; i < size; ++i) v[i] = from[i];
-  return v;
-}
-
-template <typename T>
-KERNEL static inline void store_some(T* to, const typename Lanes<T>::V& v, int64_t size) {
-  if (size == Lanes<T>::count) return store(to, v);
-  for (int64_t i = 0; i < size; ++i) to[i] = v[i];
-}
-
 // Where candidate i of a block is: with overlap, the block before contributes its tokens' first channels.
 struct Candidates {
   int64_t ratio, series, own, carried, count;  // own: first channel of a block's own tokens; carried: how many are not

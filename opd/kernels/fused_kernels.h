@@ -82,43 +82,35 @@ KERNEL static void norm_backward(const NormGradients<T>& a, T* grad_weight, int6
 // gate and up are rows of a.width numbers, a.stride apart.
 template <typename T>
 KERNEL static void swiglu(const SwigluArguments<T>& a, int64_t begin, int64_t end) {
-  constexpr int count = Lanes<T>::count;
-  constexpr int64_t step = 8 * count;
-  alignas(64) T decay[step] = {};
+  using V = typename Lanes<T>::V;
+  const V limit = V{} + a.limit;
   for (int64_t row = begin; row < end; ++row) {
     const T *gate = a.gate + row * a.stride, *up = a.up + row * a.stride;
-    T* out = a.out + row * a.width;
-    for (int64_t d = 0; d < a.width; d += step) {
-      const int64_t size = std::min(step, a.width - d);
-      for (int64_t i = 0; i < size; ++i) decay[i] = -std::min(gate[d + i], a.limit);
-      exponential(decay, size);
-      for (int64_t i = 0; i < size; ++i) {
-        const T g = std::min(gate[d + i], a.limit), u = std::max(std::min(up[d + i], a.limit), -a.limit);
-        out[d + i] = g * u / (T(1) + decay[i]);
-      }
+    for (int64_t d = 0; d < a.width; d += Lanes<T>::count) {
+      V g = load_some(gate + d, a.width - d), u = load_some(up + d, a.width - d);
+      g = g > limit ? limit : g, u = u > limit ? limit : u, u = u < -limit ? -limit : u;
+      store_some(a.out + row * a.width + d, g * u / (T(1) + power_of_e<T>(-g)), a.width - d);
     }
   }
 }
 
 template <typename T>
 KERNEL static void swiglu_backward(const SwigluGradients<T>& a, int64_t begin, int64_t end) {
-  constexpr int count = Lanes<T>::count;
-  constexpr int64_t step = 8 * count;
-  alignas(64) T decay[step] = {};
+  using V = typename Lanes<T>::V;
+  const V limit = V{} + a.limit;
   for (int64_t row = begin; row < end; ++row) {
     const T *gate = a.gate + row * a.stride, *up = a.up + row * a.stride, *grad = a.grad + row * a.width;
     T *to_gate = a.grad_gate + row * a.stride, *to_up = a.grad_up + row * a.stride;
-    for (int64_t d = 0; d < a.width; d += step) {
-      const int64_t size = std::min(step, a.width - d);
-      for (int64_t i = 0; i < size; ++i) decay[i] = -std::min(gate[d + i], a.limit);
-      exponential(decay, size);
-      for (int64_t i = 0; i < size; ++i) {
-        const T g = std::min(gate[d + i], a.limit), u = std::max(std::min(up[d + i], a.limit), -a.limit);
-        const T sigmoid = T(1) / (T(1) + decay[i]), silu = g * sigmoid;
-        const T of_up = grad[d + i] * silu, of_gate = grad[d + i] * u * (sigmoid + silu * (T(1) - sigmoid));
-        to_up[d + i] = up[d + i] < -a.limit || up[d + i] > a.limit ? T(0) : of_up;
-        to_gate[d + i] = gate[d + i] > a.limit ? T(0) : of_gate;
-      }
+    for (int64_t d = 0; d < a.width; d += Lanes<T>::count) {
+      const int64_t size = a.width - d;
+      const V given = load_some(grad + d, size), own_gate = load_some(gate + d, size), own_up = load_some(up + d, size);
+      const V g = own_gate > limit ? limit : own_gate;
+      V u = own_up > limit ? limit : own_up;
+      u = u < -limit ? -limit : u;
+      const V sigmoid = T(1) / (T(1) + power_of_e<T>(-g)), silu = g * sigmoid;
+      const V of_up = given * silu, of_gate = given * u * (sigmoid + silu * (T(1) - sigmoid));
+      store_some(to_up + d, u == own_up ? of_up : V{}, size);
+      store_some(to_gate + d, own_gate > limit ? V{} : of_gate, size);
     }
   }
 }

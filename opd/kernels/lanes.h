@@ -56,9 +56,24 @@ KERNEL static inline void stored_past() {
 #endif
 }
 
+// Up to a vector's numbers, the rest zero; and back.
+template <typename T>
+KERNEL static inline typename Lanes<T>::V load_some(const T* from, int64_t size) {
+  if (size >= Lanes<T>::count) return load(from);
+  typename Lanes<T>::V v{};
+  for (int64_t i = 0; i < size; ++i) v[i] = from[i];
+  return v;
+}
+
+template <typename T>
+KERNEL static inline void store_some(T* to, const typename Lanes<T>::V& v, int64_t size) {
+  if (size >= Lanes<T>::count) return store(to, v);
+  for (int64_t i = 0; i < size; ++i) to[i] = v[i];
+}
+
 // e^x, to about an ulp: x = n log 2 + r, then the series of e^r. Below the smallest and above the largest it saturates.
 template <typename T>
-KERNEL static inline void exponential(T* values, int64_t size) {
+KERNEL static inline typename Lanes<T>::V power_of_e(typename Lanes<T>::V x) {
   using V = typename Lanes<T>::V;
   using I = typename Lanes<T>::I;
   constexpr bool single = sizeof(T) == 4;
@@ -68,19 +83,22 @@ KERNEL static inline void exponential(T* values, int64_t size) {
   constexpr T log2_low = single ? -2.12194440e-4f : 1.90821492927058770002e-10;
   constexpr int degree = single ? 8 : 14, mantissa = single ? 23 : 52;
   constexpr typename Lanes<T>::Integer bias = single ? 127 : 1023;
-  for (int64_t i = 0; i < size; i += Lanes<T>::count) {
-    V x = load(values + i);
-    x = x < lowest ? V{} + lowest : x;
-    x = x > highest ? V{} + highest : x;
-    const V n = (x * T(1.4426950408889634) + shift) - shift;
-    const V r = (x - n * log2_high) - n * log2_low;
-    V power = V{} + T(1);
-    for (int k = degree; k >= 1; --k) power = T(1) + power * r * T(1. / k);
-    const I exponent = (__builtin_convertvector(n, I) + bias) << mantissa;
-    V scale;
-    __builtin_memcpy(&scale, &exponent, BYTES);
-    store(values + i, power * scale);
-  }
+  x = x < lowest ? V{} + lowest : x;
+  x = x > highest ? V{} + highest : x;
+  const V n = (x * T(1.4426950408889634) + shift) - shift;
+  const V r = (x - n * log2_high) - n * log2_low;
+  V power = V{} + T(1);
+  for (int k = degree; k >= 1; --k) power = T(1) + power * r * T(1. / k);
+  const I exponent = (__builtin_convertvector(n, I) + bias) << mantissa;
+  V scale;
+  __builtin_memcpy(&scale, &exponent, BYTES);
+  return power * scale;
+}
+
+// Of `size` numbers, in whole vectors.
+template <typename T>
+KERNEL static inline void exponential(T* values, int64_t size) {
+  for (int64_t i = 0; i < size; i += Lanes<T>::count) store(values + i, power_of_e<T>(load(values + i)));
 }
 
 template <typename T>

@@ -73,6 +73,40 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return product if bias is None else product + bias
 
 
+class _Linears(torch.autograd.Function):
+    """Several products of one input, so that its gradient is summed where it is."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+        ops: Any = operators()
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *weights)
+        return tuple([ops.linear(x, weight) for weight in weights])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        of_x, *of_weights = ctx.needs_input_grad
+        rows, grad_x = x.reshape(-1, x.shape[-1]), None
+        grad_weights: list[Tensor | None] = []
+        for given, weight, is_asked in zip(grads, weights, of_weights, strict=True):
+            grad = None if given is None else given.reshape(-1, len(weight))
+            if grad is not None and of_x:
+                grad_x = matmul(grad, weight, grad_x, add=grad_x is not None)
+            grad_weights.append(matmul(grad.t(), rows) if grad is not None and is_asked else None)
+        return None if grad_x is None else grad_x.view(x.shape), *grad_weights
+
+
+def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """What each layer makes of x; layers that are no more than a matrix do it in one recorded step."""
+    plain = [
+        layer.weight for layer in layers if type(layer) is Linear and layer.bias is None and not layer._forward_hooks
+    ]
+    if len(plain) < len(layers) or not torch.is_grad_enabled() or not usable(x, *plain):
+        return [layer(x) for layer in layers]
+    return list(_Linears.apply(x, *plain))
+
+
 class _LinearBySegment(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: tuple[int, ...]) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opd.kernels import fused
-from opd.kernels.products import Linear
+from opd.kernels.products import Linear, linears
 from opd.model.cache import Extension, LayerCache
 from opd.model.compressor import Compressor
 from opd.model.indexer import Indexer, IndexReport, choosing, indexer_loss, indexer_recall
@@ -69,12 +69,16 @@ class Attention(nn.Module):
         indexer are detached, so its loss moves the indexer alone. None where no query has more entries than top-k.
         """
         batch, length, _ = h_BTD.shape
-        latent, query = self._queries(h_BTD, rotation)
-        recent = self._keys(h_BTD, rotation)
+        layers = [self.q_a_proj, self.kv_proj]
+        if self.compressor is not None:
+            layers += [self.compressor.kv_proj, self.compressor.gate_proj]
+        down, key, *to_pool = linears(h_BTD, *layers)
+        latent, query = self._queries_of(down, rotation)
+        recent = self._keys_of(key, rotation)
         if self.compressor is None or length < self.compressor.ratio:
             mixed = sparse_attention(query, recent, None, self.sinks, Reach(self.window))
             return self._output(mixed, rotation), None
-        entries = self.compressor.compress(h_BTD, frequencies)
+        entries = self.compressor.pool(to_pool[0], to_pool[1], frequencies)
         ratio = self.compressor.ratio
         visible = ((torch.arange(length, device=h_BTD.device) + 1) // ratio)[None]
         reach = Reach(self.window, visible=visible, ratio=ratio)
@@ -165,14 +169,20 @@ class Attention(nn.Module):
         return sparse_attention(query, recent, entries, self.sinks, reach)
 
     def _queries(self, h: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        return self._queries_of(self.q_a_proj(h), rotation)
+
+    def _queries_of(self, down: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """The normalised query latent (the indexer reads it too) and the rotated, unit-RMS heads [B, T, H, C]."""
-        latent = self.q_a_norm(self.q_a_proj(h))
+        latent = self.q_a_norm(down)
         query = self.q_b_proj(latent).unflatten(-1, (self.heads, self.head_dim))
         return latent, norm_rotate(query, None, self.eps, rotation[..., None, :])
 
     def _keys(self, h: Tensor, rotation: Tensor) -> Tensor:
+        return self._keys_of(self.kv_proj(h), rotation)
+
+    def _keys_of(self, key: Tensor, rotation: Tensor) -> Tensor:
         """The tokens' own keys, which are their values too: [B, T, C]."""
-        return norm_rotate(self.kv_proj(h), self.kv_norm.weight, self.kv_norm.eps, rotation)
+        return norm_rotate(key, self.kv_norm.weight, self.kv_norm.eps, rotation)
 
     def _output(self, mixed_BTHC: Tensor, rotation: Tensor) -> Tensor:
         # Values carry their key's rotation; turning back by the query's position leaves the relative distance.

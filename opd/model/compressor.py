@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from opd.kernels import fused
-from opd.kernels.products import Linear
+from opd.kernels.products import Linear, linears
 from opd.model.cache import CompressorState, Extension
 from opd.model.layers import RMSNorm, norm_rotate, rope_rotation
 
@@ -41,9 +41,13 @@ class Compressor(nn.Module):
 
     def compress(self, h_BTD: Tensor, frequencies: Tensor) -> Tensor:
         """All complete blocks of sequences that start at position 0: [B, T, D] -> [B, floor(T / m), C]."""
-        batch, blocks = h_BTD.shape[0], h_BTD.shape[1] // self.ratio
-        kv, gate = self.kv_proj(h_BTD), self.gate_proj(h_BTD)
-        rotation = rope_rotation(torch.arange(blocks, device=h_BTD.device) * self.ratio, frequencies)
+        kv, gate = linears(h_BTD, self.kv_proj, self.gate_proj)
+        return self.pool(kv, gate, frequencies)
+
+    def pool(self, kv: Tensor, gate: Tensor, frequencies: Tensor) -> Tensor:
+        """The same from what the two projections make of the sequences, [B, T, S] each."""
+        batch, blocks = kv.shape[0], kv.shape[1] // self.ratio
+        rotation = rope_rotation(torch.arange(blocks, device=kv.device) * self.ratio, frequencies)
         if fused.usable(kv) and kv.dtype == self.position_bias.dtype:
             return self._entries(fused.pool(kv, gate, self.position_bias, self.overlap), rotation)
         kv, gate = (x[:, : blocks * self.ratio].reshape(batch, blocks, self.ratio, x.shape[-1]) for x in (kv, gate))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from opd.fp4 import Fp4Experts, fake_quantize
 from opd.kernels import fused, products
-from opd.kernels.products import Linear
+from opd.kernels.products import Linear, linears
 from opd.model.hyper_connection import weighted_sum
 from opd.model.layers import linear_by_segment, swiglu
 
@@ -129,7 +129,8 @@ class SharedExpert(nn.Module):
         self.down_proj = Linear(width, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x), self.limit))
+        gate, up = linears(x, self.gate_proj, self.up_proj)
+        return self.down_proj(swiglu(gate, up, self.limit))
 
 
 class MoE(nn.Module):
