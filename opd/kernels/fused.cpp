@@ -352,14 +352,7 @@ at::Tensor affinity(const at::Tensor& logits, bool is_sigmoid) {
     const T* from = logits.const_data_ptr<T>();
     T* to = out.mutable_data_ptr<T>();
     at::parallel_for(0, logits.numel(), GRAIN / 16, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        const T x = from[i], power = std::exp(-std::abs(x));
-        if (is_sigmoid) {
-          to[i] = (x < 0 ? power : T(1)) / (T(1) + power);
-        } else {
-          to[i] = std::sqrt(std::max(x, T(0)) + std::log1p(power));
-        }
-      }
+      WITH_BEST((fast::affinity<T>(from + begin, to + begin, end - begin, is_sigmoid)));
     });
   });
   return out;

@@ -115,6 +115,31 @@ KERNEL static void swiglu_backward(const SwigluGradients<T>& a, int64_t begin, i
   }
 }
 
+// ---- affinities ----------------------------------------------------------------------------------------------------
+
+// sqrt(log(1 + e^x)), or 1 / (1 + e^-x). With s = p / (2 + p) the logarithm of 1 + p is 2 (s + s^3 / 3 + s^5 / 5 + ..),
+// and s is no more than a third.
+template <typename T>
+KERNEL static void affinity(const T* from, T* to, int64_t size, bool is_sigmoid) {
+  using V = typename Lanes<T>::V;
+  constexpr int count = Lanes<T>::count, terms = sizeof(T) == 4 ? 8 : 17;
+  constexpr T lowest = sizeof(T) == 4 ? -87.f : -708.;  // below it `power_of_e` stays where it is
+  for (int64_t i = 0; i < size; i += count) {
+    const V x = load_some(from + i, size - i), far = x < T(0) ? x : -x;
+    const V power = far < lowest ? V{} : power_of_e<T>(far);
+    if (is_sigmoid) {
+      store_some(to + i, (x < T(0) ? power : V{} + T(1)) / (T(1) + power), size - i);
+      continue;
+    }
+    const V s = power / (T(2) + power);
+    V series = V{} + T(1. / (2 * terms + 1));
+    for (int k = terms - 1; k >= 0; --k) series = T(1. / (2 * k + 1)) + series * (s * s);
+    V sum = (x > T(0) ? x : V{}) + 2 * s * series;
+    for (int lane = 0; lane < count; ++lane) sum[lane] = std::sqrt(sum[lane]);
+    store_some(to + i, sum, size - i);
+  }
+}
+
 // ---- rows that were sorted by expert -------------------------------------------------------------------------------
 
 // out[t] = sum_k weights[t, k] x[places[t, k]]; weights null: all one.

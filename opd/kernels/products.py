@@ -100,7 +100,9 @@ class _Linears(torch.autograd.Function):
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """What each layer makes of x; layers that are no more than a matrix do it in one recorded step."""
     plain = [
-        layer.weight for layer in layers if type(layer) is Linear and layer.bias is None and not layer._forward_hooks
+        layer.weight
+        for layer in layers
+        if type(layer) is Linear and layer._parameters["bias"] is None and not layer._forward_hooks
     ]
     if len(plain) < len(layers) or not torch.is_grad_enabled() or not usable(x, *plain):
         return [layer(x) for layer in layers]
