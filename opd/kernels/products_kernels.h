@@ -4,6 +4,7 @@ constexpr int LANES = BYTES / sizeof(float);
 // A tile's sums stay in registers: 24 of AVX-512's 32, 12 of the 16 that the others have.
 constexpr int TILE_ROWS = BYTES == 64 ? 12 : 6;
 constexpr int64_t PAGE = 4096;  // bytes from one address to the next with the same place in a first cache, or a fraction
+constexpr int64_t ALIGNMENT = 64 / sizeof(float);  // of `aligned`, whatever the vectors
 using Floats = Lanes<float>::V;
 
 // Rows 0 .. TILE_ROWS / VECTORS * 2 - 1 of a tile whose columns are VECTORS vectors.
@@ -178,7 +179,7 @@ static void multiply_as_it_lies(const Product& product, bool alone) {
   const int64_t panels = (product.rows + ROWS - 1) / ROWS, spans = (product.columns + SPAN - 1) / SPAN;
   const auto work = [&](int64_t first, int64_t last, int64_t first_span, int64_t last_span) {
     thread_local std::vector<float> room;
-    room.resize(SPAN * DEPTH + LANES);
+    room.resize(SPAN * DEPTH + ALIGNMENT);
     float* packed = aligned(room.data());
     const int64_t begin = first_span * SPAN, end = std::min(product.columns, last_span * SPAN);
     const int64_t whole = (end - begin) / SPAN * SPAN, rest = end - begin - whole;
@@ -215,7 +216,7 @@ static void multiply_with(const Product& product, bool alone) {
     const int64_t spans = (columns + SPAN - 1) / SPAN;
     for (int64_t start = 0; start < product.inner; start += DEPTH) {
       const int64_t inner = std::min<int64_t>(DEPTH, product.inner - start);
-      if (static_cast<int64_t>(room.size()) < spans * SPAN * inner + LANES) room.resize(spans * SPAN * inner + LANES);
+      if (static_cast<int64_t>(room.size()) < spans * SPAN * inner + ALIGNMENT) room.resize(spans * SPAN * inner + ALIGNMENT);
       float* packed = aligned(room.data());
       const bool add = product.add || start > 0;
       const auto pack = [&](int64_t first, int64_t last) {
