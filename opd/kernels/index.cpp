@@ -16,7 +16,6 @@
 #include <atomic>
 #include <cstring>
 #include <functional>
-#include <numeric>
 
 #include "operators.h"
 #include "vectors.h"
@@ -363,7 +362,6 @@ WholeQuery whole_queries(const Work& work, const float* query, int64_t num_heads
 void choose(const Work& work, int64_t batch, int64_t begin, int64_t end, int64_t span, uint64_t* found) {
   const int64_t* visible = work.visible + batch * work.visible_stride;
   const int64_t most = *std::max_element(visible + begin, visible + end);
-  if (most <= work.k) return;  // all of them are picked
   const int64_t per_span = ((most + work.spans - 1) / work.spans + TILE - 1) / TILE * TILE;
   const int64_t first = std::min(most, span * per_span), last = std::min(most, first + per_span);
   const int64_t room = std::max(2 * work.k, work.k + 48);
@@ -496,15 +494,9 @@ at::Tensor index_pick(const at::Tensor& query, const at::Tensor& weights, const 
   int64_t* out = picks.mutable_data_ptr<int64_t>();
   at::parallel_for(0, batch * length, std::max<int64_t>(1, 8192 / (work.spans * k)), [&](int64_t begin, int64_t end) {
     for (int64_t at = begin; at < end; ++at) {
-      int64_t* to = out + at * k;
-      const int64_t seen = work.visible[at / length * work.visible_stride + at % length];
-      if (seen <= k) {
-        std::iota(to, to + seen, 0);
-        std::fill(to + seen, to + k, -1);
-        continue;
-      }
       uint64_t* ranks = found.data() + at * work.spans * k;
       if (work.spans > 1) std::nth_element(ranks, ranks + k - 1, ranks + work.spans * k, std::greater<>());
+      int64_t* to = out + at * k;
       int64_t count = 0;
       for (int64_t j = 0; j < k; ++j) {
         if (ranks[j]) to[count++] = uint32_t(~uint32_t(ranks[j]));

@@ -82,14 +82,17 @@ class Indexer(Compressor):
         else:
             rows, table, size = keys.entries, keys.pages, keys.blocks
         topk = min(self.topk, size)
-        picks = torch.empty(batch, length, topk, dtype=torch.int64, device=rows.device)
+        # Queries that see no more than they may pick have nothing to choose: they come first, and need no scores.
+        few = int((visible <= topk).all(0).long().cumprod(0).sum())
+        places = torch.arange(topk, device=rows.device)
+        picks = torch.where(places < visible[..., None], places, -1).expand(batch, -1, -1).contiguous()
         visible = visible.expand(batch, -1)
         is_compiled = compiled.usable(h_BTD, rows)
         wide = None if is_compiled else _widen(keys if isinstance(keys, Tensor) else keys.read(h_BTD.dtype))
         queries = QUERY_ELEMENTS // (batch * self.heads * self.width)
         if wide is not None:
             queries = min(queries, SCORES[wide.device.type == "cpu"] // (batch * self.heads * size))
-        for begin in range(0, length, max(1, queries)):
+        for begin in range(few, length, max(1, queries)):
             part = slice(begin, begin + max(1, queries))
             query, weights = self.queries(h_BTD[:, part], latent_BTR[:, part], rotation[:, part])
             seen = visible[:, part]
