@@ -9,6 +9,8 @@
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
+#include <cstring>
+
 #include "operators.h"
 #include "vectors.h"
 
@@ -49,13 +51,32 @@ at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& own, cons
   return out;
 }
 
+// tensor[destinations[i]] = tensor[sources[i]] for all of the tensors, row by row, in order.
+void copy_rows(const std::vector<at::Tensor>& tensors, const at::Tensor& sources, const at::Tensor& destinations) {
+  const int64_t *from = sources.const_data_ptr<int64_t>(), *to = destinations.const_data_ptr<int64_t>();
+  const int64_t count = sources.numel();
+  TORCH_CHECK(destinations.numel() == count, "as many destinations as sources");
+  for (const at::Tensor& tensor : tensors) {
+    TORCH_CHECK(tensor.is_contiguous() && tensor.dim() > 0, "rows of contiguous tensors");
+    if (tensor.numel() == 0) continue;
+    const int64_t rows = tensor.size(0), bytes = static_cast<int64_t>(tensor.nbytes()) / rows;
+    char* data = static_cast<char*>(tensor.mutable_data_ptr());
+    for (int64_t i = 0; i < count; ++i) {
+      TORCH_CHECK(from[i] >= 0 && from[i] < rows && to[i] >= 0 && to[i] < rows, "a row out of range");
+      if (from[i] != to[i]) std::memcpy(data + to[i] * bytes, data + from[i] * bytes, bytes);
+    }
+  }
+}
+
 }  // namespace opd
 
 TORCH_LIBRARY_FRAGMENT(opd, library) {
+  library.def("copy_rows(Tensor[] tensors, Tensor sources, Tensor destinations) -> ()");
   library.def("decode_attention(Tensor query, Tensor own, Tensor ring, Tensor? entries, Tensor sinks, Tensor slots, "
               "Tensor starts, Tensor lengths, Tensor pages, Tensor? visible, Tensor? picks, int most_visible) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(opd, CPU, library) {
+  library.impl("copy_rows", opd::copy_rows);
   library.impl("decode_attention", opd::decode_attention);
 }

@@ -72,8 +72,9 @@ struct Part {
   }
 };
 
-// Pairs [positions, P, 2] by which rows at these positions are turned, as `rope_rotation` of opd/model/layers.py has them.
-Tensor turns_at(const Tensor& positions, const Tensor& frequencies) {
+// Pairs [positions, P, 2] by which rows at these positions (times `unit`) are turned, as `rope_rotation` of
+// opd/model/layers.py has them.
+Tensor turns_at(const Tensor& positions, const Tensor& frequencies, int64_t unit = 1) {
   const int64_t count = positions.numel(), pairs = frequencies.numel();
   Tensor turns = at::empty({count, pairs, 2}, frequencies.options());
   const int64_t* position = positions.const_data_ptr<int64_t>();
@@ -81,7 +82,7 @@ Tensor turns_at(const Tensor& positions, const Tensor& frequencies) {
   float* to = turns.mutable_data_ptr<float>();
   for (int64_t i = 0; i < count; ++i) {
     for (int64_t p = 0; p < pairs; ++p, to += 2) {
-      const float angle = static_cast<float>(position[i]) * frequency[p];
+      const float angle = static_cast<float>(position[i] * unit) * frequency[p];
       to[0] = std::cos(angle), to[1] = std::sin(angle);
     }
   }
@@ -179,7 +180,7 @@ struct Compressor {
         opd::compress_step(kv, gate, bias, ring_kv, ring_gate, at.slots, at.starts, at.lengths, overlap);
     const int64_t count = rows.numel();
     if (count == 0) return;
-    const Tensor made = rounded(norm(pooled, norm_weight, eps, turns_at(at::mul(blocks, ratio), frequencies)));
+    const Tensor made = rounded(norm(pooled, norm_weight, eps, turns_at(blocks, frequencies, ratio)));
     const int64_t width = made.size(1), stored = entries.size(2);
     const int64_t *row = rows.const_data_ptr<int64_t>(), *block = blocks.const_data_ptr<int64_t>(),
                   *page = at.pages.const_data_ptr<int64_t>();

@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from opd.fp4 import BLOCK, dequantize, quantize
+from opd.kernels.library import operators
 from opd.types import Fp4Tensor
 
 Layout = Literal["plain", "packed"]
@@ -220,25 +221,26 @@ class Cache:
     def _reserve(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
         # A decoding step touches nothing here unless a row enters a page or writes to one it shares.
         begin, end = self.own[:, slots]
-        if ((starts >= begin) & (ends <= end)).all():
+        rows = np.flatnonzero((starts < begin) | (ends > end))
+        if not len(rows):
+            return
+        # Most often what remains are rows that walk into their next page.
+        walkers, at = slots[rows], starts[rows]
+        page = at // self.page_tokens
+        walks = (at == end[rows]) & (at > 0) & (ends[rows] <= at + self.page_tokens) & (self.table[walkers, page] < 0)
+        if walks.all() and len(rows) <= len(self.free):
+            taken = self.free[: -len(rows) - 1 : -1]
+            del self.free[-len(rows) :]
+            self.references[taken] = 1
+            self.table[walkers, page] = taken
+            self.own[:, walkers] = at, at + self.page_tokens
             return
         first, last = starts // self.page_tokens, (ends - 1) // self.page_tokens
         fresh = (starts == 0) & (self.table[slots, 0] >= 0)
         held = self.table[slots, first]
-        is_one = ~fresh & (first == last)
-        rows = np.flatnonzero(~(is_one & (held >= 0) & (self.references[held] == 1)))
+        rows = np.flatnonzero(fresh | (first < last) | (held < 0) | (self.references[held] != 1))
         if len(rows):
-            # Most often a row walks into its next page.
-            next_page = (
-                is_one[rows] & (held[rows] < 0) & (starts[rows] > 0) & (self.own[1, slots[rows]] == starts[rows])
-            )
-            if next_page.all() and len(rows) <= len(self.free):
-                pages = self.free[-len(rows) :][::-1]
-                del self.free[-len(rows) :]
-                self.references[pages] = 1
-                self.table[slots[rows], first[rows]] = pages
-            else:
-                self._take_pages(slots, starts, first, last, fresh, rows)
+            self._take_pages(slots, starts, first, last, fresh, rows)
         # Whoever starts at 0 is given pages anew.
         self.own[:, slots] = np.maximum(last * self.page_tokens, 1), (last + 1) * self.page_tokens
 
@@ -290,8 +292,7 @@ class Cache:
                 self.table[slot, page] = new
         if copies:
             source, destination = torch.tensor(copies, device=self.layers[0].window.device).T
-            for tensor in (tensor for layer in self.layers for tensor in layer.paged()):
-                tensor[destination] = tensor[source]
+            copy_rows([tensor for layer in self.layers for tensor in layer.paged()], source, destination)
 
     def release(self, slots: Sequence[int] | np.ndarray) -> None:
         """Gives back the pages of slots whose sequences have ended; what they share with others stays."""
@@ -314,8 +315,7 @@ class Cache:
         self.own[:, np.concatenate((sources, destinations))] = 0
         device = self.layers[0].window.device
         source, destination = torch.as_tensor(sources, device=device), torch.as_tensor(destinations, device=device)
-        for tensor in (tensor for layer in self.layers for tensor in layer.per_slot()):
-            tensor[destination] = tensor[source]
+        copy_rows([tensor for layer in self.layers for tensor in layer.per_slot()], source, destination)
 
     def snapshot(self, slot: int) -> list[Tensor]:
         """Copies of everything `slot` holds, to be given to `restore` of a cache of the same shape."""
@@ -408,6 +408,18 @@ class Extension:
         page = self.pages.gather(1, blocks // state.per_page).clamp(min=0)
         rows = state.entries[page, blocks % state.per_page]
         return state.format.decode(rows, dtype).masked_fill((picks < 0)[..., None], 0.0)
+
+
+def copy_rows(tensors: Sequence[Tensor], sources: Tensor, destinations: Tensor) -> None:
+    """tensor[destinations] = tensor[sources] (int64 [n] each) for every one of the contiguous tensors."""
+    if not tensors:
+        return
+    ops: Any = operators() if tensors[0].is_cpu else None
+    if ops is not None:
+        ops.copy_rows(tensors, sources.contiguous(), destinations.contiguous())
+        return
+    for tensor in tensors:
+        tensor[destinations] = tensor[sources]
 
 
 def _power_of_two(scale_bytes: Tensor) -> Tensor:
