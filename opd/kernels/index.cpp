@@ -32,7 +32,7 @@ constexpr int64_t QUERIES = 64;       // of a task: how often a chunk that is in
 constexpr int64_t MIN_SPAN = 2048;    // keys of a task, where there are too few queries to occupy all threads
 constexpr int64_t MIN_WORK = 1 << 18; // products of a task's smallest worth
 constexpr int BLOCK = 32;             // channels that share a scale in MXFP4
-constexpr int AHEAD = 32;             // rows that are asked for before their turn: nothing foresees where a page lies
+constexpr int64_t STRETCH = 128;      // scores that are looked at together: after a while most are too low
 constexpr int OFFSET = 16;            // added to a key's whole numbers: the instruction wants them without a sign
 
 #define LOOPS "index_kernels.h"
@@ -233,14 +233,10 @@ struct Best {
 
   // Scores of entries first, first + 1, ...
   void add(const float* scores, int64_t first, int64_t size) {
-    for (int64_t at = 0; at < size; at += 16) {
-      const int64_t end = std::min(size, at + 16);
+    for (int64_t at = 0; at < size; at += STRETCH) {
+      const int64_t end = std::min(size, at + STRETCH);
       bool any = false;
-      if (end - at == 16) {
-        for (int j = 0; j < 16; ++j) any |= scores[at + j] > bar;
-      } else {
-        any = true;
-      }
+      WITH_BEST(any = fast::any_above(scores + at, end - at, bar))
       if (!any) continue;
       for (int64_t j = at; j < end; ++j) {
         if (!(scores[j] > bar)) continue;  // nor NaN
@@ -279,14 +275,20 @@ void find_rows(const Work& work, int64_t batch, int64_t begin, int64_t end, cons
   }
 }
 
-inline void ask_for(const char* row, int64_t bytes) {
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+// Asks for the rows begin .. end - 1, page by page: nothing foresees where a page lies.
+void ask_for(const Work& work, int64_t batch, int64_t begin, int64_t end) {
+  const int64_t* pages = work.table + batch * work.num_pages;
+  for (int64_t entry = begin; entry < end;) {
+    const int64_t page = entry / work.per_page, stop = std::min(end, (page + 1) * work.per_page);
+    const char* row = work.pool + (pages[page] * work.per_page + entry - page * work.per_page) * work.row_bytes;
+    for (int64_t at = 0; at < (stop - entry) * work.row_bytes; at += 64) __builtin_prefetch(row + at);
+    entry = stop;
+  }
 }
 
 void order_floats(const Work& work, int64_t size, Scratch& scratch) {
   const char* const* rows = scratch.rows.data();
   for (int64_t i = 0; i < size; ++i) {
-    if (i + AHEAD < size) ask_for(rows[i + AHEAD], work.row_bytes);
     const float* row = floats_of(rows[i], work.kind, work.width, scratch.row.data());
     float* to = scratch.keys.data() + i / TILE * TILE * work.width + i % TILE;
     for (int64_t c = 0; c < work.width; ++c) to[c * TILE] = row[c];
@@ -294,6 +296,45 @@ void order_floats(const Work& work, int64_t size, Scratch& scratch) {
 }
 
 #ifdef OPD_X86
+// Eight rows' blocks of packed MXFP4, whose codes begin `codes` and whose scale is `scale` bytes into each: fours of whole
+// numbers, `OFFSET` added, row beside row, and the scales.
+WHOLE inline void order_packed(const char* const* rows, int64_t codes, int64_t scale, uint8_t* to, float* scales) {
+  const auto number = [](int value) { return char(OFFSET + value); };
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+      number(0), number(1), number(2), number(3), number(4), number(6), number(8), number(12), number(0), number(-1),
+      number(-2), number(-3), number(-4), number(-6), number(-8), number(-12)));
+  // Of a row's four bytes, the first two and the last two, each twice: its low nibble, then its high one.
+  const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13));
+  const __m256i second = _mm256_add_epi8(first, _mm256_set1_epi8(2));
+  const __m256i low = _mm256_set1_epi16(0x000f), high = _mm256_set1_epi16(0x0f00);
+  __m256i pair[4], eight[4];
+  for (int i = 0; i < 4; ++i) {
+    pair[i] = _mm256_inserti128_si256(
+        _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + codes))),
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i + 4] + codes)), 1);
+  }
+  uint64_t bytes = 0;
+  for (int i = 0; i < 8; ++i) bytes |= uint64_t(static_cast<uint8_t>(rows[i][scale])) << (8 * i);
+  const __m256i exponents = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes)));
+  const __m256i least = _mm256_slli_epi32(_mm256_subs_epu16(exponents, _mm256_set1_epi32(1)), 23);  // as `scale_of`
+  const __m256i is_nan = _mm256_cmpeq_epi32(exponents, _mm256_set1_epi32(255));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(scales),
+                      _mm256_blendv_epi8(least, _mm256_set1_epi32(0x7fc00000), is_nan));
+  const __m256i a = _mm256_unpacklo_epi32(pair[0], pair[1]), b = _mm256_unpackhi_epi32(pair[0], pair[1]);
+  const __m256i c = _mm256_unpacklo_epi32(pair[2], pair[3]), d = _mm256_unpackhi_epi32(pair[2], pair[3]);
+  eight[0] = _mm256_unpacklo_epi64(a, c), eight[1] = _mm256_unpackhi_epi64(a, c);
+  eight[2] = _mm256_unpacklo_epi64(b, d), eight[3] = _mm256_unpackhi_epi64(b, d);
+  for (int g = 0; g < 4; ++g) {
+    for (int half = 0; half < 2; ++half) {
+      const __m256i twice = _mm256_shuffle_epi8(eight[g], half ? second : first);
+      const __m256i nibbles =
+          _mm256_or_si256(_mm256_and_si256(twice, low), _mm256_and_si256(_mm256_srli_epi16(twice, 4), high));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (2 * g + half) * TILE * 4),
+                          _mm256_shuffle_epi8(table, nibbles));
+    }
+  }
+}
+
 WHOLE void order_whole(const Work& work, int64_t size, Scratch& scratch) {
   const int64_t blocks = work.width / BLOCK;
   const char* const* rows = scratch.rows.data();
@@ -301,9 +342,13 @@ WHOLE void order_whole(const Work& work, int64_t size, Scratch& scratch) {
   alignas(32) int8_t numbers[8][BLOCK] = {};
   for (int64_t begin = 0; begin < size; begin += 8) {
     const int64_t count = std::min<int64_t>(8, size - begin), tile = begin / TILE, lane = begin % TILE;
-    for (int64_t i = begin + AHEAD; i < std::min(size, begin + AHEAD + 8); ++i) ask_for(rows[i], work.row_bytes);
     for (int64_t block = 0; block < blocks; ++block) {
       float* scales = scratch.key_scales.data() + (tile * blocks + block) * TILE + lane;
+      uint8_t* to = scratch.whole_keys.data() + tile * TILE * work.width + block * BLOCK * TILE + lane * 4;
+      if (work.kind == Rows::packed && count == 8) {
+        order_packed(rows + begin, block * BLOCK / 2, work.width / 2 + block, to, scales);
+        continue;
+      }
       for (int64_t i = 0; i < count; ++i) {
         const char* row = rows[begin + i];
         const uint8_t* bytes = reinterpret_cast<const uint8_t*>(row);
@@ -332,7 +377,6 @@ WHOLE void order_whole(const Work& work, int64_t size, Scratch& scratch) {
           four[i + 2 * j + 1] = _mm256_unpackhi_epi64(pair[i + j], pair[i + 2 + j]);
         }
       }
-      uint8_t* to = scratch.whole_keys.data() + tile * TILE * work.width + block * BLOCK * TILE + lane * 4;
       for (int g = 0; g < 4; ++g) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + g * TILE * 4),
                             _mm256_permute2x128_si256(four[g], four[g + 4], 0x20));
@@ -387,6 +431,7 @@ void choose(const Work& work, int64_t batch, int64_t begin, int64_t end, int64_t
   for (int64_t at = first; at < last; at += CHUNK) {
     const int64_t stop = std::min(last, at + CHUNK);
     find_rows(work, batch, at, stop, scratch.rows.data());
+    ask_for(work, batch, stop, std::min(last, stop + CHUNK));
 #ifdef OPD_X86
     if (work.whole) order_whole(work, stop - at, scratch);
 #endif
@@ -481,8 +526,8 @@ at::Tensor index_pick(const at::Tensor& query, const at::Tensor& weights, const 
   const int64_t parts = (length + QUERIES - 1) / QUERIES, threads = at::get_num_threads();
   const bool alone = batch * length * *most * heads * width < MIN_WORK;
   work.spans = 1;
-  if (!alone && batch * parts < 2 * threads) {
-    work.spans = std::max<int64_t>(1, std::min(2 * threads / (batch * parts) + 1, *most / MIN_SPAN));
+  if (!alone && batch * parts < 4 * threads) {
+    work.spans = std::max<int64_t>(1, std::min(4 * threads / (batch * parts) + 1, *most / MIN_SPAN));
   }
   std::vector<uint64_t> found(batch * length * work.spans * k);
   // The last queries see the most and go first.

@@ -33,3 +33,19 @@ KERNEL static void score(const float* query, const float* weights, const float* 
     store(out + at, totals[0]), store(out + at + count, totals[1]);
   }
 }
+
+// Whether one of the scores is above the bar; NaN is not.
+KERNEL static bool any_above(const float* scores, int64_t size, float bar) {
+  using V = Lanes<float>::V;
+  constexpr int LANES = Lanes<float>::count;
+  const int64_t whole = size / LANES * LANES;
+  V most = V{} + bar;
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const V x = load(scores + i);
+    most = x > most ? x : most;
+  }
+  bool found = false;
+  for (int lane = 0; lane < LANES; ++lane) found |= most[lane] > bar;
+  for (int64_t i = whole; i < size; ++i) found |= scores[i] > bar;
+  return found;
+}
