@@ -233,16 +233,19 @@ class Fp4Experts(nn.Module):
         """
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("packed FP4 weights are for sampling; they give no gradient")
-        num_experts, (num_features, width) = len(self.codes), self.shape[-2:]
-        if x.dim() != 2 or x.shape[1] != width or len(sizes) != num_experts or sum(sizes) != x.shape[0]:
+        # Not as attributes: few rows leave the caches empty, and looking these up in Python would be felt.
+        codes: Any = self._buffers["codes"]
+        scales: Any = self._buffers["scales"]
+        shape, (num_features, width) = x.shape, self.shape[-2:]
+        if len(shape) != 2 or shape[1] != width or len(sizes) != codes.shape[0] or sum(sizes) != shape[0]:
             raise ValueError(
-                f"x has shape {tuple(x.shape)} in {len(sizes)} segments of {sum(sizes)} rows together; these packed "
+                f"x has shape {tuple(shape)} in {len(sizes)} segments of {sum(sizes)} rows together; these packed "
                 f"weights have shape {self.shape}"
             )
-        compute = _kernel(x.device) if x.dtype in _KERNEL_DTYPES else None
+        compute = _kernel(x) if x.dtype in _KERNEL_DTYPES else None
         if compute is None:
             return self._in_plain_torch(x, sizes)
-        y = compute(x, self.codes, self.scales, sizes, num_features)
+        y = compute(x, codes, scales, sizes, num_features)
         if self.is_nv:
             rows = torch.tensor(sizes, device=x.device)
             y *= self.matrix_scales.to(y.dtype).repeat_interleave(rows, output_size=len(y))[:, None]
@@ -298,8 +301,13 @@ class Fp4Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        rows = x.reshape(-1, x.shape[-1])
-        y = self.weight(rows, (rows.shape[0],)).view(*x.shape[:-1], self.out_features)
+        weight: Any = self._modules["weight"]
+        *lead, width = x.shape
+        if len(lead) == 1:
+            y = weight.forward(x, lead)
+        else:
+            rows = x.reshape(-1, width)
+            y = weight.forward(rows, (len(rows),)).view(*lead, self.out_features)
         return y if self.bias is None else y + self.bias
 
 
@@ -493,10 +501,12 @@ def _format_of(tensor: Fp4Tensor | NvFp4Tensor) -> str:
     return "NVFP4" if isinstance(tensor, NvFp4Tensor) else "MXFP4"
 
 
-def _kernel(device: torch.device) -> Callable[[Tensor, Tensor, Tensor, Sequence[int], int], Tensor] | None:
-    """What multiplies on `device`; None: nothing but plain torch."""
-    if device.type == "cuda" and importlib.util.find_spec("triton"):
+def _kernel(x: Tensor) -> Callable[[Tensor, Tensor, Tensor, Sequence[int], int], Tensor] | None:
+    """What multiplies on x's device; None: nothing but plain torch."""
+    if x.is_cpu:
+        return cpu.linear if cpu.paths() else None
+    if x.is_cuda and importlib.util.find_spec("triton"):
         from opd.kernels import triton_fp4  # needs triton and CUDA to be imported
 
         return triton_fp4.linear
-    return cpu.linear if device.type == "cpu" and cpu.paths() else None
+    return None

@@ -455,6 +455,15 @@ def test_packed_weights_take_less_than_a_third_of_bfloat16() -> None:
     )
 
 
+def test_a_packed_linear_takes_inputs_of_any_leading_shape() -> None:
+    linear = Fp4Linear(quantize(torch.randn(40, 64)), bias=torch.randn(40))
+    x = torch.randn(2, 3, 64)
+    y = linear(x.reshape(6, 64))
+    assert torch.equal(linear(x), y.view(2, 3, 40))
+    torch.testing.assert_close(linear(x[0, 0]), y[0])
+    assert linear(x[:, :0]).shape == (2, 0, 40)
+
+
 def test_packed_modules_refuse() -> None:
     tensor = quantize(torch.randn(2, 20, 64))
     experts = Fp4Experts(tensor)
