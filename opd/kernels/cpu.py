@@ -30,7 +30,8 @@ def tiled(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """Published bytes, codes uint8 [E, N, K / 2] and scales uint8 [E, N, K / B], as the library reads them.
 
     -> codes uint8 [E, tiles, K / 8, 32, 4], scales uint8 [E, tiles, K / B, 32], with N filled up to whole tiles. Where
-    there is a library, large codes lie in large pages, if the system has any: one row reads them a sixth faster.
+    there is a library, large codes lie in large pages, if the system has any: one row reads them a tenth to a third
+    faster.
     """
     experts, features, half_inputs = codes.shape
     groups = half_inputs * 2 // GROUP
@@ -40,11 +41,10 @@ def tiled(codes: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     lanes = (nibbles[..., 0] | nibbles[..., 1] << 4).movedim(2, 3).reshape(experts, features, groups, 4)
     lanes = functional.pad(lanes, (0, 0, 0, 0, 0, padding))
     scales = functional.pad(scales, (0, 0, 0, padding), value=NEUTRAL_SCALE)
-    tiled_codes = lanes.view(experts, -1, TILE, groups, 4).transpose(2, 3).contiguous()
-    if paths():
-        ops: Any = operators()
-        ops.use_large_pages(tiled_codes)
-    return tiled_codes, scales.view(experts, -1, TILE, scales.shape[-1]).transpose(2, 3).contiguous()
+    lanes = lanes.view(experts, -1, TILE, groups, 4).transpose(2, 3)
+    ops: Any = operators()
+    lanes = lanes.contiguous() if ops is None else ops.in_large_pages(lanes)
+    return lanes, scales.view(experts, -1, TILE, scales.shape[-1]).transpose(2, 3).contiguous()
 
 
 def untiled(codes: Tensor, scales: Tensor, num_features: int) -> tuple[Tensor, Tensor]:

@@ -70,9 +70,10 @@ KERNEL __attribute__((always_inline)) inline void add_blocks(const uint8_t* code
         for (int half = 0; half < 2; ++half) {
           raw[block][half] = _mm512_loadu_si512(codes + block * GROUPS * GROUP_BYTES + 64 * half);
           if constexpr (SOURCE == Source::codes) {
-            // In the order in which codes lie, unlike the loads.
+            // In the order in which codes lie, unlike the loads. Not to be kept: a large matrix's codes would push all
+            // else out of the caches, such as what makes the next call.
             const uint8_t* at = begin + (group * BLOCKS + block) * GROUP_BYTES + 64 * half;
-            _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD), _MM_HINT_T0);
+            _mm_prefetch(reinterpret_cast<const char*>(at + AHEAD), _MM_HINT_NTA);
           }
         }
       }

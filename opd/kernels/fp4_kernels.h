@@ -40,7 +40,7 @@ using TileKernel = void (*)(const uint8_t*, const uint8_t*, uint32_t*, const voi
 
 // How far ahead of their use codes are asked for. A processor's own prefetcher begins anew at every page, and this
 // hides memory's latency on either side of it. Many rows, which need longer for a code, ask less far ahead.
-constexpr int AHEAD = 16384, AHEAD_KEPT = 4096;
+constexpr int AHEAD = 8192, AHEAD_KEPT = 4096;
 
 constexpr int KEPT = 8192;  // bytes of decoded weights: with the rows they meet, they fit in a first-level cache
 

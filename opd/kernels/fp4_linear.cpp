@@ -22,12 +22,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/from_blob.h>
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -339,27 +341,33 @@ at::Tensor fp4_linear(
   return y;
 }
 
-// Asks the system to hold a tensor's memory in large pages, as far as it fills them: reading packed weights once from
-// end to end is slowed by every change of page. Only a wish, which costs no memory and may be refused.
-void use_large_pages(const at::Tensor& tensor) {
+// A contiguous copy that begins where a large page can and fills such pages from there, if the system gives any:
+// reading packed weights once from end to end is slowed by every change of page. What fills none is only contiguous.
+at::Tensor in_large_pages(const at::Tensor& tensor) {
 #ifdef __linux__
-  constexpr uintptr_t PAGE = 2 << 20;
+  constexpr size_t PAGE = 2 << 20;
   constexpr int COLLAPSE = 25;  // MADV_COLLAPSE, which the C library's headers may be too old to name
-  const auto begin = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  const uintptr_t first = (begin + PAGE - 1) / PAGE * PAGE, last = (begin + tensor.nbytes()) / PAGE * PAGE;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, COLLAPSE);
+  const size_t whole = tensor.nbytes() / PAGE * PAGE;
+  void* place = nullptr;
+  if (whole > 0 && posix_memalign(&place, PAGE, tensor.nbytes()) == 0) {
+    at::Tensor copy = at::from_blob(place, tensor.sizes(), std::free, tensor.options());
+    copy.copy_(tensor);
+    madvise(place, whole, COLLAPSE);  // only a wish, which costs no memory
+    return copy;
+  }
 #endif
+  return tensor.contiguous();
 }
 
 }  // namespace opd
 
 TORCH_LIBRARY(opd, library) {
-  library.def("use_large_pages(Tensor tensor) -> ()");
+  library.def("in_large_pages(Tensor tensor) -> Tensor");
   library.def("fp4_paths() -> str[]", path_names);
   library.def("fp4_linear(Tensor x, Tensor codes, Tensor scales, int[] sizes, int num_features, str path) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(opd, CPU, library) {
   library.impl("fp4_linear", opd::fp4_linear);
-  library.impl("use_large_pages", opd::use_large_pages);
+  library.impl("in_large_pages", opd::in_large_pages);
 }
