@@ -1,11 +1,12 @@
 """Continuous batching for the V4 student: requests join and leave a fixed set of slots between two decoding steps.
 
 One prompt is read once: the samples of its group go on from copies of its cache, which share its pages. Prompts are
-read in chunks between decoding steps, so that nobody waits for a long one. A request is seated when the cache has pages
-for it; when pages run out all the same, the youngest request gives up its slot, keeps its tokens, and is read again
-when there is room. The decoding path is arrays over the active slots: Python touches a request when it is seated and
-when it has ended, not for every token. Results do not depend on slots, pages, chunks or the order of requests: on a
-CPU with compiled kernels in no bit, elsewhere but for floating-point rounding in the logits.
+read in chunks along with decoding, in the same call of the model, so that nobody waits for a long one. A request is
+seated when the cache has pages for it; when pages run out all the same, the youngest request gives up its slot, keeps
+its tokens, and is read again when there is room. The decoding path is arrays over the active slots: Python touches a
+request when it is seated and when it has ended, not for every token. Results do not depend on slots, pages, chunks or
+the order of requests: on a CPU with compiled kernels in no bit, elsewhere but for floating-point rounding in the
+logits.
 
 Consumes requests, produces trajectories in the order of the requests, waits for nobody but the log: a token is in it
 before the next one is computed.
@@ -29,7 +30,7 @@ from rollout.request import Request, Samples, by_owner, check_requests, concaten
 from rollout.sampling import sample_next, trajectory_key
 from rollout.wal import Log, log_complete
 
-PREFILL_TOKENS = 8192  # padded prompt tokens read between two decoding steps
+PREFILL_TOKENS = 8192  # padded prompt tokens read along with one decoding step
 REFILL_SHARE = 8  # requests whose prompt is to be read join when one slot in so many is free: together they cost less
 SPARE_SHARE = 8  # pages kept free for decoding when a request is seated: one for so many active slots
 NOBODY = -1

@@ -32,7 +32,7 @@ constexpr int64_t QUERIES = 64;       // of a task: how often a chunk that is in
 constexpr int64_t MIN_SPAN = 2048;    // keys of a task, where there are too few queries to occupy all threads
 constexpr int64_t MIN_WORK = 1 << 18; // products of a task's smallest worth
 constexpr int BLOCK = 32;             // channels that share a scale in MXFP4
-constexpr int64_t STRETCH = 128;      // scores that are looked at together: after a while most are too low
+constexpr int64_t STRETCH = 32;       // scores that are looked at together: after a while most are too low
 constexpr int OFFSET = 16;            // added to a key's whole numbers: the instruction wants them without a sign
 
 #define LOOPS "index_kernels.h"
@@ -254,6 +254,7 @@ struct Work {
   const char* pool;
   const int64_t *table, *visible;
   int64_t length, heads, width, per_page, row_bytes, num_pages, visible_stride, k, spans;
+  int64_t stride;  // 8 where rows lie in eights, 1 where a page may break them
   Rows kind;
   bool whole;
 };
@@ -265,13 +266,13 @@ struct Scratch {
   std::vector<uint8_t> whole_keys;
 };
 
-// Where rows begin .. end of a sequence's entries lie.
+// Where every `work.stride`-th of the rows begin .. end - 1 of a sequence's entries lies.
 void find_rows(const Work& work, int64_t batch, int64_t begin, int64_t end, const char** rows) {
   const int64_t* pages = work.table + batch * work.num_pages;
   for (int64_t entry = begin, page = begin / work.per_page; entry < end; ++page) {
     const int64_t stop = std::min(end, (page + 1) * work.per_page);
     const char* row = work.pool + (pages[page] * work.per_page + entry - page * work.per_page) * work.row_bytes;
-    for (; entry < stop; ++entry, row += work.row_bytes) *rows++ = row;
+    for (; entry < stop; entry += work.stride, row += work.stride * work.row_bytes) *rows++ = row;
   }
 }
 
@@ -296,9 +297,10 @@ void order_floats(const Work& work, int64_t size, Scratch& scratch) {
 }
 
 #ifdef OPD_X86
-// Eight rows' blocks of packed MXFP4, whose codes begin `codes` and whose scale is `scale` bytes into each: fours of whole
-// numbers, `OFFSET` added, row beside row, and the scales.
-WHOLE inline void order_packed(const char* const* rows, int64_t codes, int64_t scale, uint8_t* to, float* scales) {
+// Blocks of packed MXFP4 of eight rows that lie one after the other, whose codes begin `codes` and whose scale is `scale`
+// bytes into each: fours of whole numbers, `OFFSET` added, row beside row, and the scales.
+WHOLE inline void order_packed(const char* row, int64_t bytes_each, int64_t codes, int64_t scale, uint8_t* to,
+                               float* scales) {
   const auto number = [](int value) { return char(OFFSET + value); };
   const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(
       number(0), number(1), number(2), number(3), number(4), number(6), number(8), number(12), number(0), number(-1),
@@ -310,11 +312,11 @@ WHOLE inline void order_packed(const char* const* rows, int64_t codes, int64_t s
   __m256i pair[4], eight[4];
   for (int i = 0; i < 4; ++i) {
     pair[i] = _mm256_inserti128_si256(
-        _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i] + codes))),
-        _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows[i + 4] + codes)), 1);
+        _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(row + i * bytes_each + codes))),
+        _mm_loadu_si128(reinterpret_cast<const __m128i*>(row + (i + 4) * bytes_each + codes)), 1);
   }
   uint64_t bytes = 0;
-  for (int i = 0; i < 8; ++i) bytes |= uint64_t(static_cast<uint8_t>(rows[i][scale])) << (8 * i);
+  for (int i = 0; i < 8; ++i) bytes |= uint64_t(static_cast<uint8_t>(row[i * bytes_each + scale])) << (8 * i);
   const __m256i exponents = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(int64_t(bytes)));
   const __m256i least = _mm256_slli_epi32(_mm256_subs_epu16(exponents, _mm256_set1_epi32(1)), 23);  // as `scale_of`
   const __m256i is_nan = _mm256_cmpeq_epi32(exponents, _mm256_set1_epi32(255));
@@ -345,12 +347,12 @@ WHOLE void order_whole(const Work& work, int64_t size, Scratch& scratch) {
     for (int64_t block = 0; block < blocks; ++block) {
       float* scales = scratch.key_scales.data() + (tile * blocks + block) * TILE + lane;
       uint8_t* to = scratch.whole_keys.data() + tile * TILE * work.width + block * BLOCK * TILE + lane * 4;
-      if (work.kind == Rows::packed && count == 8) {
-        order_packed(rows + begin, block * BLOCK / 2, work.width / 2 + block, to, scales);
+      if (work.kind == Rows::packed && count == 8 && work.stride == 8) {
+        order_packed(rows[begin / 8], work.row_bytes, block * BLOCK / 2, work.width / 2 + block, to, scales);
         continue;
       }
       for (int64_t i = 0; i < count; ++i) {
-        const char* row = rows[begin + i];
+        const char* row = rows[(begin + i) / work.stride] + (begin + i) % work.stride * work.row_bytes;
         const uint8_t* bytes = reinterpret_cast<const uint8_t*>(row);
         switch (work.kind) {
           case Rows::packed:
@@ -520,14 +522,15 @@ at::Tensor index_pick(const at::Tensor& query, const at::Tensor& weights, const 
   work.row_bytes = stored * pool.element_size(), work.num_pages = table.size(1);
   work.visible_stride = visible.size(0) == 1 ? 0 : length, work.k = k, work.kind = kind;
   work.whole = is_mxfp4 && width % BLOCK == 0 && has_whole_products();
+  work.stride = work.whole && work.per_page % 8 == 0 ? 8 : 1;
   const auto [least, most] = std::minmax_element(work.visible, work.visible + visible.numel());
   TORCH_CHECK(*least >= 0 && *most <= work.num_pages * work.per_page, "visible: from 0 to the entries of a row");
 
   const int64_t parts = (length + QUERIES - 1) / QUERIES, threads = at::get_num_threads();
   const bool alone = batch * length * *most * heads * width < MIN_WORK;
   work.spans = 1;
-  if (!alone && batch * parts < 4 * threads) {
-    work.spans = std::max<int64_t>(1, std::min(4 * threads / (batch * parts) + 1, *most / MIN_SPAN));
+  if (!alone && batch * parts < 2 * threads) {
+    work.spans = std::max<int64_t>(1, std::min(2 * threads / (batch * parts) + 1, *most / MIN_SPAN));
   }
   std::vector<uint64_t> found(batch * length * work.spans * k);
   // The last queries see the most and go first.

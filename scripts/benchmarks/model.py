@@ -42,6 +42,7 @@ from opd.losses import token_logprobs
 from opd.memory import keep_freed_memory
 from opd.model import DeepseekV4, new_v4
 from opd.model.cache import Cache, Layout
+from opd.model.step import stepper
 from opd.model.transformer import CSA, HCA, num_parameters
 from scripts.benchmarks import Figure, interleaved, needle, peak_memory, report, split_arguments
 
@@ -263,11 +264,12 @@ class Decoder:
 
     @torch.inference_mode()
     def run(self) -> None:
+        extend = stepper(self.student, self.cache)
         slots, ones = range(self.rows), [1] * self.rows
         token_ids = torch.zeros(self.rows, 1, dtype=torch.int64)
         for position in range(self.context - DECODED, self.context):
             at = self.cache.extension(slots, [position] * self.rows, ones)
-            logits = F.linear(self.student.extend(token_ids, self.cache, at)[:, -1], self.student.head)
+            logits = F.linear(extend([(token_ids, at)]), self.student.head)
             token_ids = logits.argmax(-1, keepdim=True)
             if not logits.isfinite().all():
                 raise ArithmeticError(f"logits at position {position} are not finite")
