@@ -189,7 +189,7 @@ def run_evaluate(config: Config, runtime: Runtime) -> dict[str, Any]:
         config, runtime, chat, domains, base=base_path(config), student=student, device=pick_device(config)
     )
     summary["findings"] = _findings(config.run.dir) + summary["findings"]
-    summary["seconds"] = _seconds(config.run.dir) | {"evaluate": round(time.perf_counter() - started, 1)}
+    summary["seconds"] = _seconds(config.run.dir) | {"evaluate": round(time.perf_counter() - started, 3)}
     write_summary(os.path.join(config.run.dir, "summary.json"), summary)
     write_report(config.run.dir)
     for finding in check_recovery(summary):

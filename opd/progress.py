@@ -117,7 +117,7 @@ class Progress:
             "start": _source(stage.start, stage.config.run.dir),
             "data": position,
             "score": _score(values, stage.config.checkpoint.best_metric),
-            "seconds": round(self._seconds + time.monotonic() - self._started, 1),
+            "seconds": round(self._seconds + time.monotonic() - self._started, 3),
             "wandb_id": metrics.wandb_id,
             "config": asdict(stage.config),
         }

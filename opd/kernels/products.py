@@ -98,7 +98,8 @@ class _Linears(torch.autograd.Function):
 
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """What each layer makes of x; layers that are no more than a matrix do it in one recorded step."""
+    """What each layer makes of x, all of which should be used; layers that are no more than a matrix do it in one
+    recorded step, and the weight of what is not used gets no gradient, which hooks are told."""
     plain = [
         layer.weight
         for layer in layers

@@ -70,19 +70,20 @@ class Attention(nn.Module):
         """
         batch, length, _ = h_BTD.shape
         layers = [self.q_a_proj, self.kv_proj]
-        if self.compressor is not None:
-            layers += [self.compressor.kv_proj, self.compressor.gate_proj]
+        compressor = self.compressor if self.compressor is not None and length >= self.compressor.ratio else None
+        if compressor is not None:
+            layers += [compressor.kv_proj, compressor.gate_proj]
         down, key, *to_pool = linears(h_BTD, *layers)
         latent, query = self._queries_of(down, rotation)
         recent = self._keys_of(key, rotation)
-        if self.compressor is None or length < self.compressor.ratio:
+        if compressor is None:
             mixed = sparse_attention(query, recent, None, self.sinks, Reach(self.window))
             return self._output(mixed, rotation), None
-        entries = self.compressor.pool(to_pool[0], to_pool[1], frequencies)
-        ratio = self.compressor.ratio
+        entries = compressor.pool(to_pool[0], to_pool[1], frequencies)
+        ratio = compressor.ratio
         visible = ((torch.arange(length, device=h_BTD.device) + 1) // ratio)[None]
         reach = Reach(self.window, visible=visible, ratio=ratio)
-        indexer: Indexer | None = getattr(self.compressor, "indexer", None)
+        indexer: Indexer | None = getattr(compressor, "indexer", None)
         report = None
         if indexer is not None and entries.shape[1] > indexer.topk:
             with torch.set_grad_enabled(indexing != "off" and torch.is_grad_enabled()):
