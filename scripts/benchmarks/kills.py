@@ -2,7 +2,7 @@
 
 Two Ray workers sample batch after batch from the quickstart's student with random weights, while now one of them and
 now the other is ended by signal 9, whatever it is doing. Then the same fleet makes the same batches in peace. Settings:
-kills (50), and planted (25): the kills of a fleet that samples unfinished work anew from fresh noise, which its lengths
+kills (50), and planted (50): the kills of a fleet that samples unfinished work anew from fresh noise, which its lengths
 must betray; 0 leaves that part out.
 
 The law of lengths is known: rows of the output head come in families of FAMILY equal ones, and one member of each ends
@@ -39,7 +39,7 @@ from rollout.wal import Log, LogKey, read_batch, read_log
 from rollout.worker import RolloutWorker
 from scripts.benchmarks import Figure, report, split_arguments, whole_numbers
 
-DEFAULTS = {"kills": 50, "planted": 25}
+DEFAULTS = {"kills": 50, "planted": 50}
 WORKERS, SLOTS, SEED = 2, 64, 0
 PROMPTS, GROUP, PROMPT_TOKENS = 48, 8, 32
 FAMILY, LONGEST, MAX_TOKENS = 32, 128, 256
