@@ -45,6 +45,17 @@ def _run(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.forward(_Nothing(), *arguments)
 
 
+class Mapping(NamedTuple):
+    """A site's coefficients and settings: fn [(2 + n) n, n D], base [(2 + n) n], scale [3]."""
+
+    fn: Tensor
+    base: Tensor
+    scale: Tensor
+    norm_eps: float
+    hc_eps: float
+    iterations: int
+
+
 class _Collapse(torch.autograd.Function):
     """The streams are handed on to `expand`, so that their gradient arrives here whole and is added to in place."""
 
@@ -95,11 +106,9 @@ def _of_mapping(of_fn: Tensor, logits: Tensor, mix: Tensor, n: int) -> tuple[Ten
     return of_fn.sum(0), logits.sum(1), torch.stack([part.sum() for part in of_scale])
 
 
-def collapse(
-    streams: Tensor, fn: Tensor, base: Tensor, scale: Tensor, norm_eps: float, hc_eps: float, iterations: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def collapse(streams: Tensor, mapping: Mapping) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The streams [n, N, D], to hand to `expand`; block input [N, D], expansion weights [n, N], residual [n, n, N]."""
-    return _run(_Collapse, streams, fn, base, scale, norm_eps, hc_eps, iterations)
+    return _run(_Collapse, streams, *mapping)
 
 
 class _Expand(torch.autograd.Function):
@@ -161,19 +170,10 @@ class _ExpandCollapse(torch.autograd.Function):
 
 
 def expand_collapse(
-    streams: Tensor,
-    output: Tensor,
-    post: Tensor,
-    residual: Tensor,
-    fn: Tensor,
-    base: Tensor,
-    scale: Tensor,
-    norm_eps: float,
-    hc_eps: float,
-    iterations: int,
+    streams: Tensor, output: Tensor, post: Tensor, residual: Tensor, mapping: Mapping
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`expand`, and `collapse` of the result by the next site's fn, base and scale: what that returns."""
-    return _run(_ExpandCollapse, streams, output, post, residual, fn, base, scale, norm_eps, hc_eps, iterations)
+    """`expand`, and `collapse` of the result by the next site's mapping: what that returns."""
+    return _run(_ExpandCollapse, streams, output, post, residual, *mapping)
 
 
 class Turns(NamedTuple):

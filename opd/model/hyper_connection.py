@@ -111,17 +111,6 @@ class Site(NamedTuple):
     residual: Tensor  # [n, n, N] (from, to)
 
 
-class Mapping(NamedTuple):
-    """What the compiled loops take of a site: fn [(2 + n) n, n D], base [(2 + n) n], scale [3] and its settings."""
-
-    fn: Tensor
-    base: Tensor
-    scale: Tensor
-    norm_eps: float
-    hc_eps: float
-    iterations: int
-
-
 class HyperConnection(nn.Module):
     """One site's mappings: collapse n streams into the block's input, expand its output, mix the streams.
 
@@ -142,7 +131,7 @@ class HyperConnection(nn.Module):
         """The block's input and the coefficients of this site, from streams [n, N, D]."""
         n, dtype = self.streams, streams_nND.dtype
         if n == fused.STREAMS and fused.usable(streams_nND) and self.fn.dtype == dtype:
-            streams, hidden, post, residual = fused.collapse(streams_nND, *self.mapping())
+            streams, hidden, post, residual = fused.collapse(streams_nND, self.mapping())
             return Site(hidden, streams, post, residual)
         mix = stream_mix(streams_nND, self.fn, self.norm_eps)
         pre, post, residual = mix.split([n, n, n * n])
@@ -164,21 +153,21 @@ class HyperConnection(nn.Module):
     def expand_into(self, site: Site, output_ND: Tensor, after: HyperConnection) -> Site:
         """`expand`, then the collapse of the site that comes after: what that gives."""
         if _is_fused(site, output_ND) and after.fn.dtype == output_ND.dtype:
-            coefficients = site.post, site.residual
-            streams, hidden, *own = fused.expand_collapse(site.streams, output_ND, *coefficients, *after.mapping())
+            given = site.streams, output_ND, site.post, site.residual
+            streams, hidden, *own = fused.expand_collapse(*given, after.mapping())
             return Site(hidden, streams, *own)
         return after.collapse(self.expand(site, output_ND))
 
     def expand_into_head(self, site: Site, output_ND: Tensor, head: HyperHead) -> tuple[Tensor, Tensor]:
         """`expand`, then the collapse after the last layer: the streams [n, N, D] and their collapse [N, D]."""
         if _is_fused(site, output_ND) and head.hc_fn.dtype == output_ND.dtype:
-            coefficients = site.post, site.residual
-            return fused.expand_collapse(site.streams, output_ND, *coefficients, *head.mapping())[:2]
+            given = site.streams, output_ND, site.post, site.residual
+            return fused.expand_collapse(*given, head.mapping())[:2]
         streams = self.expand(site, output_ND)
         return streams, head(streams)
 
-    def mapping(self) -> Mapping:
-        return Mapping(self.fn, self.base, self.scale, self.norm_eps, self.hc_eps, self.iterations)
+    def mapping(self) -> fused.Mapping:
+        return fused.Mapping(self.fn, self.base, self.scale, self.norm_eps, self.hc_eps, self.iterations)
 
 
 def _is_fused(site: Site, output: Tensor) -> bool:
@@ -202,17 +191,17 @@ class HyperHead(nn.Module):
         """[n, N, D] -> [N, D]."""
         n = len(streams_nND)
         if n == fused.STREAMS and fused.usable(streams_nND) and self.hc_fn.dtype == streams_nND.dtype:
-            return fused.collapse(streams_nND, *self.mapping())[1]
+            return fused.collapse(streams_nND, self.mapping())[1]
         mix = stream_mix(streams_nND, self.hc_fn, self.norm_eps)
         pre = torch.sigmoid(mix * self.hc_scale.to(mix.dtype) + self.hc_base.to(mix.dtype)[:, None]) + self.hc_eps
         return weighted_sum(pre, streams_nND)
 
-    def mapping(self) -> Mapping:
+    def mapping(self) -> fused.Mapping:
         """The same loop as a site's, with nothing in the rows of post and residual."""
         n = len(self.hc_base)
         rest = n + n * n
         fn, base = F.pad(self.hc_fn, (0, 0, 0, rest)), F.pad(self.hc_base, (0, rest))
-        return Mapping(fn, base, F.pad(self.hc_scale, (0, 2)), self.norm_eps, self.hc_eps, 1)
+        return fused.Mapping(fn, base, F.pad(self.hc_scale, (0, 2)), self.norm_eps, self.hc_eps, 1)
 
 
 def stream_mix(streams_nND: Tensor, fn: Tensor, eps: float) -> Tensor:
