@@ -110,9 +110,8 @@ AVX512 Window window_of(const uint16_t* x, int64_t count) {
   return {std::max(2, 127 - 126 + 8 - smallest), std::min(252, 127 + 127 - 9 - largest)};
 }
 
-// Whether all of the bytes, a multiple of 32, lie within the window.
+// Whether all of the bytes, a multiple of 32, lie within the window, which is not empty.
 AVX512 bool holds(const Window& window, const uint8_t* bytes, int64_t count) {
-  if (window.lowest > window.highest) return false;
   const __m256i lowest = _mm256_set1_epi8(window.lowest), highest = _mm256_set1_epi8(window.highest);
   __mmask32 outside = 0;
   for (int64_t i = 0; i < count; i += 32) {
@@ -195,7 +194,9 @@ void multiply(const Kernels& kernels, const Group* groups, int64_t num_groups, c
     const uint8_t* pass_scales = scales + block * TILE;
     bool folds = false;
 #ifdef OPD_X86
-    folds = keeps && block_groups == 4 && holds(window, pass_scales, blocks * TILE);
+    // Only rows of bfloat16 pairs have a window, and their path has the instructions that `holds` takes.
+    folds = keeps && block_groups == 4 && window.lowest <= window.highest &&
+            holds(window, pass_scales, blocks * TILE);
 #endif
     // Codes are asked for by all groups, evenly: a burst would hold up what the products wait for.
     const uint8_t* ahead = codes + block * block_groups * GROUP_BYTES + AHEAD_KEPT;
