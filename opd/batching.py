@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from opd.types import Group, Signal, TeacherHidden, TeacherLogprobs, Trajectory
+from opd.types import Group, Signal, TeacherHidden, TeacherLogprobs, Trajectory, no_routing
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -146,6 +146,7 @@ class Batch:
     positions: Tensor  # int64 [N]: of the state that predicts it, one before its own
     targets: Tensor  # int64 [N]
     sampler_logprobs: Tensor  # float32 [N]
+    routing: Tensor  # int16 [B, T, L, K], the trajectories' own, -1 in padding; L = 0 where nothing was recorded
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(**{name: getattr(self, name).to(device) for name in self.__slots__})
@@ -154,30 +155,35 @@ class Batch:
 def collate(trajectories: Sequence[Trajectory], pad_id: int) -> Batch:
     """Pads trajectories on the right with `pad_id`.
 
-    Raises ValueError for no trajectories, for a loss token at index 0 (nothing predicts it), and for a trajectory
-    whose arrays differ in length.
+    Raises ValueError for no trajectories, for a loss token at index 0 (nothing predicts it), for a trajectory
+    whose arrays differ in length, and for routing of different layers or numbers of experts.
     """
     if not trajectories:
         raise ValueError("there are no trajectories to collate")
     for trajectory in trajectories:
-        sizes = (len(trajectory.token_ids), len(trajectory.loss_mask), len(trajectory.sampler_logprobs))
+        arrays = (trajectory.token_ids, trajectory.loss_mask, trajectory.sampler_logprobs, trajectory.routing)
+        sizes = tuple(map(len, arrays))
         if len(set(sizes)) != 1 or sizes[0] == 0:
             raise ValueError(
-                f"trajectory {trajectory.id} has token_ids, loss_mask and sampler_logprobs of lengths {sizes}; they "
-                "must be equal and at least 1"
+                f"trajectory {trajectory.id} has token_ids, loss_mask, sampler_logprobs and routing of lengths "
+                f"{sizes}; they must be equal and at least 1"
             )
         if trajectory.loss_mask[0]:
             raise ValueError(f"trajectory {trajectory.id} has a loss token at index 0, which no state predicts")
+    if len(recorded := {trajectory.routing.shape[1:] for trajectory in trajectories}) != 1:
+        raise ValueError(f"routing of one micro-batch must be of one shape; per token it is of {sorted(recorded)}")
     lengths = torch.tensor([len(trajectory.token_ids) for trajectory in trajectories])
     shape = (len(trajectories), int(lengths.max()))
     token_ids = torch.full(shape, pad_id, dtype=torch.int64)
     sampler_logprobs = torch.zeros(shape, dtype=torch.float32)
     counts = torch.zeros(shape, dtype=torch.bool)
+    routing = torch.full((*shape, *recorded.pop()), -1, dtype=torch.int16)
     for row, trajectory in enumerate(trajectories):
         end = len(trajectory.token_ids)
         token_ids[row, :end] = torch.as_tensor(trajectory.token_ids.astype("int64"))
         sampler_logprobs[row, :end] = torch.as_tensor(trajectory.sampler_logprobs.astype("float32"))
         counts[row, :end] = torch.as_tensor(trajectory.loss_mask.astype("bool"))
+        routing[row, :end] = torch.as_tensor(trajectory.routing.astype("int16"))
     rows, columns = counts.nonzero(as_tuple=True)
     return Batch(
         token_ids=token_ids,
@@ -186,6 +192,7 @@ def collate(trajectories: Sequence[Trajectory], pad_id: int) -> Batch:
         positions=columns - 1,
         targets=token_ids[rows, columns],
         sampler_logprobs=sampler_logprobs[rows, columns],
+        routing=routing,
     )
 
 
@@ -201,6 +208,7 @@ def collate_tokens(sequences: Sequence[Sequence[int]]) -> Batch:
             sampler_logprobs=np.zeros(len(sequence), np.float32),
             version_spans=(),
             finish_reason="stop",
+            routing=no_routing(len(sequence)),
         )
         for index, sequence in enumerate(sequences)
     ]

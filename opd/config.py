@@ -170,6 +170,9 @@ class RolloutConfig:
     # What a sampled token outlives. none: nothing, a dead worker's trajectories are sampled anew | process: the death
     # of its worker | machine: a power failure, for one flush of the disk per token (scripts/bench rollout measures it).
     wal: str = "process"
+    # Whether grpo and distill train on the experts that the samplers sent each token to (R3, arXiv 2510.11370; of a
+    # deepseek_v4 with learned routing). The router is trained all the same: it weighs them, and has not chosen them.
+    routing_replay: bool = False
     sampling: CompletionConfig = field(default_factory=CompletionConfig)
 
 
@@ -624,6 +627,7 @@ def _check_rollout(config: Config) -> None:
         why = "model.family=hf is decoded batch by batch, with transformers' own cache"
         unset("rollout.cache_bytes", rollout.cache_bytes, None, why)
         unset("rollout.prefill_tokens", rollout.prefill_tokens, RolloutConfig().prefill_tokens, why)
+        unset("rollout.routing_replay", rollout.routing_replay, False, "what model.family=hf routes is not recorded")
     if sampling.max_new_tokens >= config.model.max_tokens:
         raise ConfigError(
             f"rollout.sampling.max_new_tokens={sampling.max_new_tokens} leaves no room for a prompt in "

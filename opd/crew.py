@@ -268,7 +268,8 @@ def hire(config: Config, stage: str, start: str, run_dir: str, chat: Chat, runti
             name, gpus = f"learner rank {rank}", config.runtime.gpus_per_rank
             crew.learners.append(watching.spawn(Learner, rank_settings, store, name=name, num_gpus=gpus))
         if stage in SAMPLES or settings.eval_every:
-            crew.fleet = hire_fleet(config, model, chat, watching, device)
+            replays = config.rollout.routing_replay and stage in SAMPLES
+            crew.fleet = hire_fleet(config, model, chat, watching, device, record_routing=replays)
             crew.fleet.timeout_seconds = deadline(config.runtime, "rollout")
         if stage == "distill":
             crew.hosts, crew.pool = hire_teachers(

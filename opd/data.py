@@ -24,7 +24,7 @@ import numpy as np
 
 from opd.chat import END_THINK, THINK, Chat
 from opd.config import Config, ConfigError, DomainConfig
-from opd.types import Prompt, Trajectory
+from opd.types import Prompt, Trajectory, no_routing
 from opd.verifiers import extract_answer, format_answer, format_instruction, verifier_name
 
 _log = logging.getLogger(__name__)
@@ -113,6 +113,7 @@ class Domain:
             sampler_logprobs=np.zeros(len(token_ids), dtype=np.float32),
             version_spans=(),
             finish_reason="stop",
+            routing=no_routing(len(token_ids)),
         )
 
     def _encode(self, prompt_id: str, question: _Question) -> Prompt:

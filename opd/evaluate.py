@@ -103,18 +103,23 @@ def measure(
     return scores
 
 
-def hire_fleet(config: Config, model: ModelConfig, chat: Chat, runtime: Runtime, device: str) -> Fleet:
-    """The rollout workers of a run, holding the architecture of `model.path` and no version yet.
+def hire_fleet(
+    config: Config, model: ModelConfig, chat: Chat, runtime: Runtime, device: str, *, record_routing: bool = False
+) -> Fleet:
+    """The rollout workers of a run, holding the architecture of `model.path` and no version yet. `record_routing`: what
+    they sample is trained on with `rollout.routing_replay`; evaluations have no use for the record.
 
     Their logs lie in the run's folder `wal`, one file per worker with its newest batch. A run has one fleet at a time
     (`open_run` keeps other processes out): the next stage's takes the folder over.
     """
 
+    rollout = replace(config.rollout, routing_replay=record_routing)
+
     def hire(index: int) -> Actor:
         return runtime.spawn(
             RolloutWorker,
             model,
-            config.rollout,
+            rollout,
             runtime.store,
             stop_ids=chat.stop_ids,
             seed=config.seed,

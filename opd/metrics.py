@@ -85,6 +85,8 @@ CATALOGUE: dict[str, str] = {
     "gap/ess": "effective sample size of the weights r, as a share of the tokens [0-1]",
     "gap/outside_share": "share of tokens whose r lies outside the correction's bounds [0-1]",
     "gap/mean_ratio": "mean of r = p / mu",
+    "gap/rerouted_share": "share of tokens and learned layers at which the learner's router would choose other experts "
+    "than the sampler's, which routing replay gives it [0-1]",
     "rollout/tokens": "tokens sampled in this step [tokens]",
     "rollout/mean_length": "mean completion length [tokens]",
     "rollout/staleness": "versions between a token's weights and those that learn from it, mean of loss tokens [count]",

@@ -65,6 +65,7 @@ class Outcome:
     logprobs: Tensor  # [N] of the targets at `stage.temperature`, the sampler's
     index_loss: Tensor | None = None  # 0-dim, sum over rows
     index_recall: Tensor | None = None  # [2], sum and number
+    rerouted: Tensor | None = None  # [2], see `ModelOutput`
     mtp_nll: Tensor | None = None  # 0-dim, sum over the tokens it predicted
 
 
@@ -95,11 +96,14 @@ class Objective(nn.Module):
         options: dict[str, Any] = {"indexing": work.indexing} if trains_index else {}
         if work.mtp_weight > 0:
             options["mtp"] = True
+        if batch.routing.shape[2] > 0:
+            options["routing"] = batch.routing
         # Not by a call: ZeRO's hooks look for tensors in what a module returns, and this is no module with weights.
         output = self.model.forward(batch.token_ids, batch.lengths, **options)
         hidden = output.hidden[batch.rows, batch.positions]
         outcome, loss = self._loss(hidden, work)
         outcome.balance_loss, outcome.expert_load = output.balance_loss.detach(), output.expert_load
+        outcome.rerouted = output.rerouted
         loss = loss + work.balance_weight * output.balance_loss + tie
         if output.index_loss is not None:
             outcome.index_loss, outcome.index_recall = output.index_loss.detach(), output.index_recall

@@ -42,7 +42,7 @@ from opd.data import Domain, domain_texts, load_domains
 from opd.evaluate import compare, write_summary
 from opd.health import check_recovery
 from opd.memory import give_back_freed_memory
-from opd.model import new_v4
+from opd.model import check_replay, new_v4
 from opd.progress import check_start
 from opd.report import write_report
 from opd.stop import Stop
@@ -139,6 +139,10 @@ def run_base(config: Config, runtime: Runtime, stop: Stop | None = None) -> None
     domains = _examined(load_domains(config, chat), demonstrated=config.stages.base.steps > 0)
     start = config.model.path and _existing(config.model.path, config.model.revision)
     model = None if start or checkpoint else new_v4(config.model, chat.vocab_size, config.seed)
+    if model is not None and config.rollout.routing_replay:  # by later stages, which take long to come
+        check_replay(model.config)
+    if start is not None:
+        _check_replay(config, start)
     _open_folder(config, "base", checkpoint)
     if is_new and checkpoint is None:
         _save_tokenizer(config, chat)
@@ -157,6 +161,7 @@ def run_specialist(config: Config, runtime: Runtime, domain: str, stop: Stop | N
     sft = _checkpoint(config, os.path.join(folder, "sft"))
     grpo = _checkpoint(config, os.path.join(folder, "grpo")) if sft is not None else None
     start = _existing(base_path(config), config.model.revision, "run `opd base` first, or set model.path")
+    _check_replay(config, start)
     chat = student_chat(config)
     domains = _examined(load_domains(config, chat, [domain]), demonstrated=config.stages.sft.steps > 0)
     _open_folder(config, name, sft)
@@ -234,6 +239,7 @@ def _survey(config: Config) -> tuple[Chat, dict[str, Domain], list[str]]:
     """The student's tokenizer, the domains, and the lines of `check`."""
     routes = teacher_routes(config)
     path = _existing(base_path(config), config.model.revision, "run `opd base` first, or set model.path")
+    _check_replay(config, path)
     chat = student_chat(config)
     vocab_size = int(load_model_config(path, config.model.revision).get_text_config().vocab_size)
     teachers = check_teachers(chat, vocab_size, config.teachers, config.model.max_tokens)
@@ -359,6 +365,11 @@ def _stage(
         checkpoint=checkpoint,
         stop=stop,
     )
+
+
+def _check_replay(config: Config, path: str) -> None:
+    if config.rollout.routing_replay:
+        check_replay(load_model_config(path, config.model.revision))
 
 
 def _tokenizer_path(config: Config) -> str:

@@ -47,6 +47,8 @@ class StepStats:
     index_loss: float = 0.0  # the indexers', per row, before its weight
     index_recall: float = 0.0  # sum over `index_queries` sampled queries
     index_queries: float = 0.0
+    rerouted: int = 0  # pairs of a token and a layer at which the router would choose other than the recorded experts
+    replayed: int = 0  # pairs with recorded experts
     mtp_nll: float = 0.0  # sum over this rank's tokens / `num_mtp_tokens`, before its weight
     num_mtp_tokens: int = 0  # of the whole step, loss tokens that multi-token prediction was trained on
     domains: dict[str, Sums] = field(default_factory=dict)
@@ -69,6 +71,10 @@ def record(stats: StepStats, micro_batch: MicroBatch, work: Work, outcome: Outco
         recall, number = outcome.index_recall.tolist()
         stats.index_recall += recall
         stats.index_queries += number
+    if outcome.rerouted is not None:
+        rerouted, replayed = outcome.rerouted.tolist()
+        stats.rerouted += rerouted
+        stats.replayed += replayed
     if outcome.mtp_nll is not None:
         stats.mtp_nll += outcome.mtp_nll.item() / max(1, stats.num_mtp_tokens)
     rows, items = work.batch.rows, micro_batch.items
@@ -101,6 +107,8 @@ def merge_stats(ranks: Sequence[StepStats]) -> dict[str, float]:
     if queries := sum(rank.index_queries for rank in ranks):
         metrics["train/index_loss"] = sum(rank.index_loss for rank in ranks)
         metrics["train/index_recall"] = sum(rank.index_recall for rank in ranks) / queries
+    if replayed := sum(rank.replayed for rank in ranks):
+        metrics["gap/rerouted_share"] = sum(rank.rerouted for rank in ranks) / replayed
     if first.num_mtp_tokens:
         metrics["sft/mtp_nll"] = sum(rank.mtp_nll for rank in ranks)
     domains, teachers, everything = _merged(r.domains for r in ranks), _merged(r.teachers for r in ranks), Sums()

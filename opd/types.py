@@ -60,6 +60,7 @@ class Trajectory:
         loss_mask        [  F,   F,   T,    T,    T]
         sampler_logprobs [0.0, 0.0, -.1, -.93, -.02]
         version_spans    (VersionSpan(start=2, policy_version=4),)     finish_reason "stop"
+        routing          of one layer: [[0, 3]], [[3, 1]], [[2, 0]], [[2, 1]], [[-1, -1]]
     """
 
     id: str  # "<prompt id>#<index in group>@<step>": with the seed, it fixes the sampling noise
@@ -70,10 +71,18 @@ class Trajectory:
     sampler_logprobs: np.ndarray  # float32 [T], nats, of the distribution that was sampled; 0 where not sampled
     version_spans: tuple[VersionSpan, ...]
     finish_reason: FinishReason
+    # int16 [T, L, K]: experts that the sampler sent each token to, in the L layers with learned routing; all -1 for a
+    # token that it never read, such as the last one. L = 0 where nothing was recorded.
+    routing: np.ndarray
 
     @property
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
+
+
+def no_routing(num_tokens: int) -> np.ndarray:
+    """`routing` of a trajectory of which nothing was recorded."""
+    return np.empty((num_tokens, 0, 0), dtype=np.int16)
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)

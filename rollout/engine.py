@@ -25,7 +25,7 @@ from opd.config import ConfigError, SamplingConfig
 from opd.model import DeepseekV4
 from opd.model.cache import OutOfPages
 from opd.model.step import Extend, Part, stepper
-from opd.types import FinishReason, Trajectory
+from opd.types import FinishReason, Trajectory, no_routing
 from rollout.request import Request, Samples, by_owner, check_requests, concatenate, end_of, finished
 from rollout.sampling import sample_next, trajectory_key
 from rollout.wal import Log, log_complete
@@ -59,6 +59,7 @@ class _Run:
     owners: list[np.ndarray] = field(default_factory=list)  # per step: the request of each sample
     steps: list[Samples] = field(default_factory=list)
     reasons: dict[int, FinishReason] = field(default_factory=dict)
+    routing: dict[int, np.ndarray] = field(default_factory=dict)  # of requests that have ended, if it is recorded
 
 
 class V4Engine:
@@ -74,10 +75,13 @@ class V4Engine:
         seed: int,
         prefill_tokens: int = PREFILL_TOKENS,
         num_pages: int | None = None,
+        record_routing: bool = False,
     ) -> None:
         """`max_tokens` of prompt and completion together; `stop_ids` end a completion and are part of it.
 
         `num_pages` of the cache, at least as many as one sequence of `max_tokens` needs; None: enough for all slots.
+        `record_routing` keeps the experts of every token that is read, as `Trajectory.routing`. What is read again,
+        after a preemption or from a log, is recorded again: on a CPU the same, and logs need not hold it.
         """
         device, (vocab_size, width) = model.head.device, model.head.shape
         self.model, self.num_slots, self.max_tokens, self.seed = model.eval(), num_slots, max_tokens, seed
@@ -89,6 +93,8 @@ class V4Engine:
             least = self._pages(max_tokens)
             raise ValueError(f"num_pages={num_pages} is too small: a sequence of {max_tokens} tokens needs {least}")
         self.hidden = torch.zeros(num_slots + 1, width, dtype=model.head.dtype, device=device)  # of the last token read
+        self.record_routing = record_routing
+        self.routing = model.new_routing(num_slots + 1 if record_routing else 0, max_tokens)  # by slot and position
         self.keys = torch.zeros(num_slots, dtype=torch.int64, device=device)  # noise stream of the slot's trajectory
         self.stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
         self.stops = np.isin(np.arange(vocab_size), self.stop_ids)
@@ -122,8 +128,9 @@ class V4Engine:
             self._admit(run)
             self._step(run)
         drawn = by_owner(np.concatenate([np.empty(0, np.int64), *run.owners]), concatenate(run.steps), len(requests))
+        routing = [run.routing.get(index, no_routing(0)) for index in range(len(requests))]
         return [
-            finished(request, drawn[index], policy_version, run.reasons[index])
+            finished(request, drawn[index], policy_version, run.reasons[index], routing[index])
             for index, request in enumerate(requests)
         ]
 
@@ -152,10 +159,12 @@ class V4Engine:
             reason = end_of(request, request.limit(sampling.max_new_tokens, self.max_tokens), self.stop_ids)
             if reason is not None:
                 run.reasons[index] = reason
-                continue
+                if not self.record_routing:
+                    continue
             run.waiting.append(index)
             run.unread[prompts[index]] += 1
-            run.prefixes[index] = request.prefix()
+            # Of one that is complete nothing is drawn: what its tokens but the last are sent to is all that is missing.
+            run.prefixes[index] = request.prefix() if reason is None else request.prefix()[:-1]
         log_complete(log, run.reasons)
         return run
 
@@ -214,6 +223,9 @@ class V4Engine:
         self.hidden[slots] = self.hidden[[source] * len(slots)]
         seats = [slot for slot in slots if slot != self.shelf]
         self.ends[seats] = self.prompt_ends[seats]
+        if self.record_routing:
+            end = self.prompt_ends[slots[0] if source == self.shelf else source]
+            self.routing[slots, :end] = self.routing[source, :end]
 
     def _clear_shelf(self, run: _Run) -> None:
         self.cache.release([self.shelf])
@@ -244,7 +256,10 @@ class V4Engine:
         """One call of the model: the last token of every active slot, and chunks of prefixes that are being read. Then
         the next token of every slot whose prefix is in the cache."""
         ready, reading, sizes, parts = self._parts(run)
-        hidden = run.extend(parts) if parts else self.hidden[:0]
+        records = [self.model.new_routing(*token_ids.shape) for token_ids, _ in parts if self.record_routing]
+        hidden = run.extend(parts, records) if parts else self.hidden[:0]
+        if records:
+            self._keep(parts, records)
         self.ends[ready] += 1
         self.decoding_steps += bool(len(ready))
         if run.reading:
@@ -252,10 +267,19 @@ class V4Engine:
             self._share_prompts(run, reading, sizes)
             complete = [slot for slot in run.reading if self.ends[slot] == self.lengths[slot]]
             run.reading = [slot for slot in run.reading if self.ends[slot] < self.lengths[slot]]
+            if self.record_routing:
+                self._leave(run, [slot for slot in complete if self.occupants[slot] in run.reasons])
+                complete = [slot for slot in complete if self.occupants[slot] not in run.reasons]
             hidden = torch.cat((hidden[: len(ready)], self.hidden[complete]))
             ready = np.concatenate((ready, np.array(complete, dtype=np.int64)))
         if len(ready):
             run.active = self._draw(run, ready, hidden)
+
+    def _keep(self, parts: list[Part], records: list[torch.Tensor]) -> None:
+        """The experts of new tokens go where their slots have them."""
+        for (_, at), record in zip(parts, records, strict=True):
+            rows, columns = (at.positions < (at.starts + at.lengths)[:, None]).nonzero(as_tuple=True)
+            self.routing[at.slots[rows], at.positions[rows, columns]] = record[rows, columns]
 
     def _parts(self, run: _Run) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[Part]]:
         """What the next call feeds, with pages for it: active slots by one token, readers by their chunks. Where pages
@@ -338,9 +362,15 @@ class V4Engine:
             return slots
         for slot, by_token in zip(slots[over].tolist(), stopped[over], strict=True):
             run.reasons[int(self.occupants[slot])] = "stop" if by_token else "length"
-            self.free.append(slot)
-        self.cache.release(slots[over])
+        self._leave(run, slots[over].tolist())
         return slots[~over]
+
+    def _leave(self, run: _Run, slots: list[int]) -> None:
+        """Frees the slots of requests that have ended."""
+        for slot in slots if self.record_routing else ():
+            run.routing[int(self.occupants[slot])] = self.routing[slot, : self.ends[slot]].numpy(force=True).copy()
+        self.free += slots
+        self.cache.release(slots)
 
 
 def pages_of(model: DeepseekV4, num_slots: int, max_tokens: int, cache_bytes: int | None) -> int | None:

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from opd.config import SamplingConfig
 from opd.model import HubModel
-from opd.types import FinishReason, Trajectory
+from opd.types import FinishReason, Trajectory, no_routing
 from rollout.request import Request, by_owner, check_requests, concatenate, end_of, finished
 from rollout.sampling import sample, trajectory_key
 from rollout.wal import Log, log_complete
@@ -91,7 +91,8 @@ class HubEngine:
                 ends = ends + 1
         drawn_by = by_owner(np.concatenate(owners), concatenate(steps), len(requests))
         return [
-            finished(request, drawn_by[index], policy_version, reasons[index]) for index, request in enumerate(requests)
+            finished(request, drawn_by[index], policy_version, reasons[index], no_routing(0))
+            for index, request in enumerate(requests)
         ]
 
     def _read(self, prefixes: list[tuple[int, ...]]) -> tuple[torch.Tensor, torch.Tensor, DynamicCache]:

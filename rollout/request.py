@@ -137,9 +137,9 @@ def by_owner(owners: np.ndarray, samples: Samples, num_owners: int) -> list[Samp
     ]
 
 
-def finished(request: Request, samples: Samples, version: int, reason: FinishReason) -> Trajectory:
+def finished(request: Request, samples: Samples, version: int, reason: FinishReason, routing: np.ndarray) -> Trajectory:
     """The record of a completed request. `samples` are all of its tokens, those it came with first; the others were
-    drawn under policy `version`."""
+    drawn under policy `version`. `routing`, int16 [.., L, K], is that of the tokens that were read, if it is known."""
     prompt, resumed = len(request.token_ids), len(request.sampled)
     spans = request.version_spans
     if len(samples) > resumed and not (spans and spans[-1].policy_version == version):
@@ -155,6 +155,7 @@ def finished(request: Request, samples: Samples, version: int, reason: FinishRea
         sampler_logprobs=np.concatenate((before, samples.logprobs)),
         version_spans=spans,
         finish_reason=reason,
+        routing=np.concatenate((routing, np.full((len(token_ids) - len(routing), *routing.shape[1:]), -1, np.int16))),
     )
     if not samples.kept_counts.any():
         return trajectory

@@ -13,7 +13,8 @@ Two policies decide what a logged token survives. "process": it is handed to the
 outlives the worker, however it dies. "machine": it is on the disk before it counts, and outlives a power failure; that
 costs one flush of the disk per decoding step, which `scripts/bench rollout` measures. Numbers are little-endian.
 
-Left out: who writes when (`engine`) and who reads when (`worker`). A log is of one batch; the next batch replaces it.
+A log is of one batch; the next batch replaces it. Left out: who writes when (`engine`) and who reads when (`worker`),
+and the experts of routing replay: whoever goes on reads the logged tokens anyway, which records them again.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from opd.config import ModelConfig, RolloutConfig, SamplingConfig
 from opd.fp4 import pack_weights
 from opd.losses import token_logprobs
-from opd.model import DeepseekV4, load_model
+from opd.model import DeepseekV4, check_replay, load_model
 from opd.types import Store, Trajectory, WeightSnapshot
 from opd.weights import apply_snapshot, snapshot_of
 from rollout.engine import V4Engine, pages_of
@@ -48,6 +48,8 @@ class RolloutWorker:
 
     def _engine(self, rollout: RolloutConfig, stop_ids: Sequence[int], seed: int) -> V4Engine | HubEngine:
         max_tokens, num_slots = self.model_config.max_tokens, rollout.num_slots
+        if rollout.routing_replay:
+            check_replay(self.policy.config)
         if isinstance(self.policy, DeepseekV4):
             return V4Engine(
                 self.policy,
@@ -57,6 +59,7 @@ class RolloutWorker:
                 seed=seed,
                 prefill_tokens=rollout.prefill_tokens,
                 num_pages=pages_of(self.policy, num_slots, max_tokens, rollout.cache_bytes),
+                record_routing=rollout.routing_replay,
             )
         from rollout.hub_engine import HubEngine  # transformers' caches take a while to import
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from opd.config import Config, TeacherConfig, teacher_routes
-from opd.types import Actor, Future, Group, TeacherHead, TeacherHidden, TeacherLogprobs, Trajectory
+from opd.types import Actor, Future, Group, TeacherHead, TeacherHidden, TeacherLogprobs, Trajectory, no_routing
 from teachers.admission import check_teachers as check_teachers  # known under this module too
 from teachers.local import TeacherHost
 from teachers.remote import TeacherAway
@@ -132,7 +132,8 @@ class TeacherPool:
         for number, ((teacher, weight), indices) in enumerate(jobs):
             host = self._placement[teacher]
             later = (name for (name, _), _ in jobs[number + 1 :] if name != teacher and self._placement[name] == host)
-            trajectories = [flat[index] for index in indices]
+            # Teachers route by themselves, and the student's experts are most of a trajectory's bytes.
+            trajectories = [replace(flat[index], routing=no_routing(len(flat[index].token_ids))) for index in indices]
             future = self._hosts[host].submit("score", teacher, trajectories, weight, next(later, None))
             submitted.append(((teacher, weight), indices, future))
         busy = sorted({self._placement[name] for name, _ in work})

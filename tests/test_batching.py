@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from opd.batching import Plan, WorkItem, collate, plan
-from opd.types import Advantage, Demonstration, Group, Prompt, Signal, TeacherHidden, Trajectory
+from opd.types import Advantage, Demonstration, Group, Prompt, Signal, TeacherHidden, Trajectory, no_routing
 
 
 def trajectory(name: str, prompt_tokens: int, sampled_tokens: int, rng: np.random.Generator) -> Trajectory:
@@ -23,6 +23,7 @@ def trajectory(name: str, prompt_tokens: int, sampled_tokens: int, rng: np.rando
         sampler_logprobs=np.where(mask, -rng.random(length), 0).astype(np.float32),
         version_spans=(),
         finish_reason="stop",
+        routing=no_routing(length),
     )
 
 
@@ -164,7 +165,7 @@ def test_collate_refuses_what_nothing_predicts() -> None:
     good = trajectory("good", 2, 3, rng)
     with pytest.raises(ValueError, match="bad has a loss token at index 0"):
         collate([good, dataclasses.replace(good, id="bad", loss_mask=np.ones(5, dtype=bool))], pad_id=0)
-    with pytest.raises(ValueError, match=r"bad has .* \(5, 4, 5\)"):
+    with pytest.raises(ValueError, match=r"bad has .* \(5, 4, 5, 5\)"):
         collate([dataclasses.replace(good, id="bad", loss_mask=np.zeros(4, dtype=bool))], pad_id=0)
     with pytest.raises(ValueError, match="no trajectories"):
         collate([], pad_id=0)

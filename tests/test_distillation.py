@@ -58,6 +58,7 @@ class Case:
             positions=zeros,
             targets=self.targets,
             sampler_logprobs=self.policy_logprobs - noise,
+            routing=torch.empty(3, 1, 0, 0, dtype=torch.int16),
         )
         self.states = Distill(hidden=self.teacher_hidden, head=self.teacher_head)
         self.logprobs = DistillLogprobs(

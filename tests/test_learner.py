@@ -19,7 +19,17 @@ from opd.losses import logsumexp_at
 from opd.model import load_model, new_v4
 from opd.objective import Policy
 from opd.stats import StepStats, merge_stats
-from opd.types import Advantage, Demonstration, Fp4Tensor, Group, Prompt, TeacherHead, TeacherHidden, Trajectory
+from opd.types import (
+    Advantage,
+    Demonstration,
+    Fp4Tensor,
+    Group,
+    Prompt,
+    TeacherHead,
+    TeacherHidden,
+    Trajectory,
+    no_routing,
+)
 from opd.weights import head_hash, named_weights, save_checkpoint
 
 VOCAB = 64
@@ -115,6 +125,7 @@ def make_groups(num: int, seed: int = 0, longest: int = 12) -> list[Group]:
                     sampler_logprobs=np.where(mask, -4.2 + 0.2 * rng.standard_normal(len(mask)), 0).astype(np.float32),
                     version_spans=(),
                     finish_reason="stop",
+                    routing=no_routing(prompt + length),
                 )
             )
         prompt = Prompt(id=f"p{g}", domain=members[0].domain, effort="none", token_ids=(0,), reference={})

@@ -27,7 +27,7 @@ from opd.model import DeepseekV4, load_model, new_v4
 from opd.model.mtp import MtpBlock
 from opd.model.transformer import CSA, HCA, WINDOW_ONLY, initialize, num_parameters, v4_config
 from opd.muon import assign
-from opd.types import Advantage, Demonstration, Group, Prompt, Trajectory
+from opd.types import Advantage, Demonstration, Group, Prompt, Trajectory, no_routing
 from opd.weights import apply_snapshot, named_weights, read_tensors, save_checkpoint, snapshot_of
 from tests import oracles
 from tests.test_learner import gradients_of
@@ -333,7 +333,7 @@ def make_groups(num: int) -> list[Group]:
         trajectory = Trajectory(
             id=f"p{g}#0@0", prompt_id=f"p{g}", domain="sums", loss_mask=mask, version_spans=(), finish_reason="stop",
             token_ids=rng.integers(0, FIELDS["vocab_size"], prompt + length).astype(np.int32),
-            sampler_logprobs=np.where(mask, -3.0, 0.0).astype(np.float32),
+            sampler_logprobs=np.where(mask, -3.0, 0.0).astype(np.float32), routing=no_routing(prompt + length),
         )  # fmt: skip
         prompt = Prompt(id=f"p{g}", domain="sums", effort="none", token_ids=(0,), reference={})
         groups.append(Group(prompt=prompt, trajectories=(trajectory,)))
@@ -405,7 +405,7 @@ def test_a_step_with_nothing_to_predict_ahead_is_a_step(tmp_path: Path) -> None:
     groups = make_groups(1)
     trajectory = dataclasses.replace(
         groups[0].trajectories[0], token_ids=np.array([1, 2], np.int32), loss_mask=np.array([False, True]),
-        sampler_logprobs=np.zeros(2, np.float32),
+        sampler_logprobs=np.zeros(2, np.float32), routing=no_routing(2),
     )  # fmt: skip
     groups = [Group(prompt=groups[0].prompt, trajectories=(trajectory,))]
     learner = learner_for(tmp_path, SFT)

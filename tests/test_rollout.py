@@ -587,9 +587,9 @@ def test_nobody_waits_for_a_long_prompt(policy: DeepseekV4, monkeypatch: pytest.
     def seen(model: DeepseekV4, cache: Cache) -> Extend:
         extend = stepper(model, cache)
 
-        def step(parts: Sequence[Part]) -> torch.Tensor:
+        def step(parts: Sequence[Part], records: Sequence[torch.Tensor] = ()) -> torch.Tensor:
             calls.append([(len(token_ids), token_ids.shape[1]) for token_ids, _ in parts])
-            return extend(parts)
+            return extend(parts, records)
 
         return step
 

@@ -1,4 +1,4 @@
-"""A step as one compiled call against `DeepseekV4.extend`: every bit, of results and of the cache.
+"""A step as one compiled call against `DeepseekV4.extend`: every bit, of results and of the cache, and every expert.
 
 Schedules are an engine's: rows come and go, decode and read chunks in one call, at positions of their own. What an
 earlier occupant left in the cache is NaN. Which rows a thread takes must not matter, so runs differ in threads.
@@ -7,7 +7,7 @@ earlier occupant left in the cache is NaN. Which rows a thread takes must not ma
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import numpy as np
@@ -68,10 +68,23 @@ def part_of(cache: Cache, rows: list[tuple[int, int, list[int]]]) -> step.Part:
     return ids, at
 
 
-def last_tokens(model: DeepseekV4, cache: Cache, parts: list[step.Part]) -> Tensor:
+def last_tokens(
+    model: DeepseekV4, cache: Cache, parts: list[step.Part], records: Sequence[Tensor] | None = None
+) -> Tensor:
     """What `extend` says of each row's last new token."""
-    hidden = [model.extend(ids, cache, at) for ids, at in parts]
+    filled = records or [None] * len(parts)
+    hidden = [model.extend(ids, cache, at, record) for (ids, at), record in zip(parts, filled, strict=True)]
     return torch.cat([part[range(len(part)), at.lengths - 1] for part, (_, at) in zip(hidden, parts, strict=True)])
+
+
+def records_of(model: DeepseekV4, parts: list[step.Part]) -> list[Tensor]:
+    return [model.new_routing(*ids.shape).fill_(-1) for ids, _ in parts]
+
+
+def assert_same_experts(parts: list[step.Part], found: list[Tensor], expected: list[Tensor]) -> None:
+    for (ids, at), one, other in zip(parts, found, expected, strict=True):
+        real = torch.arange(ids.shape[1]) < at.lengths[:, None]
+        assert torch.equal(one[real], other[real]) and bool((one[real] >= 0).all())
 
 
 def assert_same_bits(model: DeepseekV4, seed: int, calls: int, set_threads: Callable[[int], None]) -> None:
@@ -80,11 +93,16 @@ def assert_same_bits(model: DeepseekV4, seed: int, calls: int, set_threads: Call
     compiled, schedule = stepper(model, caches[0]), Schedule(model, caches[0], seed)
     for call in range(calls):
         rows = schedule.rows()
+        parts, same = ([part_of(cache, part) for part in rows] for cache in caches)
+        records, wanted = records_of(model, parts), records_of(model, parts)
+        is_recorded = call % 5 < 2
         set_threads(1 + call % 3)
-        found = compiled([part_of(caches[0], part) for part in rows])
+        found = compiled(parts, records if is_recorded else ())
         set_threads(1)
-        expected = last_tokens(model, caches[1], [part_of(caches[1], part) for part in rows])
+        expected = last_tokens(model, caches[1], same, wanted)
         assert torch.equal(found, expected), (call, rows)
+        if is_recorded:
+            assert_same_experts(parts, records, wanted)
     for slot in range(SLOTS):
         pair = (cache.snapshot(slot) for cache in caches)
         for one, other in zip(*pair, strict=True):
@@ -125,8 +143,11 @@ def test_many_tokens_and_one_long_row(threads: Callable[[int], None]) -> None:
         caches = [model.new_cache(6, 700) for _ in range(2)]
         tokens = torch.randint(model.config.vocab_size, (6, max(sizes)))
         rows = [(slot, 0, tokens[slot, :size].tolist()) for slot, size in enumerate(sizes)]
-        found = stepper(model, caches[0])([part_of(caches[0], rows)])
-        assert torch.equal(found, last_tokens(model, caches[1], [part_of(caches[1], rows)]))
+        part = part_of(caches[0], rows)
+        records, wanted = records_of(model, [part]), records_of(model, [part])
+        found = stepper(model, caches[0])([part], records)
+        assert torch.equal(found, last_tokens(model, caches[1], [part_of(caches[1], rows)], wanted))
+        assert_same_experts([part], records, wanted)
 
 
 @torch.no_grad()
@@ -151,8 +172,11 @@ def test_what_is_not_compiled_takes_the_other_way() -> None:
         caches = [model.new_cache(3, 40, layout=layout or "plain") for _ in range(2)]
         assert not step._fits(model, caches[0])
         rows = [[(0, 0, [1]), (2, 0, [3])], [(1, 0, [4, 5, 6])]]
-        found = stepper(model, caches[0])([part_of(caches[0], part) for part in rows])
-        assert torch.equal(found, last_tokens(model, caches[1], [part_of(caches[1], part) for part in rows]))
+        parts = [part_of(caches[0], part) for part in rows]
+        records, wanted = records_of(model, parts), records_of(model, parts)
+        found = stepper(model, caches[0])(parts, records)
+        assert torch.equal(found, last_tokens(model, caches[1], [part_of(caches[1], part) for part in rows], wanted))
+        assert_same_experts(parts, records, wanted)
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from opd.fp4 import dequantize, quantize
 from opd.losses import logsumexp_at
 from opd.model import load_model
 from opd.model.transformer import DeepseekV4, initialize, v4_config
-from opd.types import Group, Prompt, Store, TeacherHead, TeacherHidden, Trajectory, VersionSpan
+from opd.types import Group, Prompt, Store, TeacherHead, TeacherHidden, Trajectory, VersionSpan, no_routing
 from opd.weights import head_hash, save_checkpoint
 from teachers.local import TeacherHost
 from teachers.pool import TeacherPool, check_teachers, place
@@ -122,6 +122,7 @@ def trajectory(index: int, length: int, domain: str = "a") -> Trajectory:
         sampler_logprobs=np.zeros(length, dtype=np.float32),
         version_spans=(VersionSpan(start=0, policy_version=0),),
         finish_reason="stop",
+        routing=no_routing(length),
     )
 
 

@@ -36,7 +36,7 @@ from opd.observe import rollout_metrics
 from opd.progress import check_start
 from opd.stop import Stop, Stopped
 from opd.train import train
-from opd.types import Group, Prompt, Trajectory, VersionSpan
+from opd.types import Group, Prompt, Trajectory, VersionSpan, no_routing
 from opd.weights import checkpoint_hash, save_checkpoint
 
 SHAPE = {
@@ -366,6 +366,7 @@ def trajectory(version: int, step: int = 0, spans: Sequence[tuple[int, int]] | N
         sampler_logprobs=np.zeros(5, dtype=np.float32),
         version_spans=tuple(VersionSpan(start=s, policy_version=v) for s, v in spans or [(2, version)]),
         finish_reason="stop",
+        routing=no_routing(5),
     )
 
 
@@ -762,6 +763,39 @@ def test_a_stage_whose_rollouts_run_ahead(stage: str, world: World, ray_cluster:
     earlier = read_checkpoint(str(folder / "checkpoints" / "step_4"))
     world.train(folder, stage, ray_cluster, config, checkpoint=earlier)
     assert [line["rollout/max_staleness"] for line in numbers(folder)] == [0, 1, 2, 2, 0, 1]
+
+
+@pytest.mark.parametrize("stage", ["grpo", "distill"])
+def test_a_stage_that_replays_routing(
+    stage: str, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # An untrained policy is wrong throughout, which teaches nothing.
+    monkeypatch.setattr(opd.train, "group_advantages", lambda rewards: [1.0, -1.0] * (len(rewards) // 2))
+    config = replaying(world)
+    folder = world.train(tmp_path / stage, stage, config=config)
+    # What it was sampled with is what is trained: the routers agree but for rounding. Evaluations have no record.
+    assert [line["gap/rerouted_share"] < 0.01 for line in numbers(folder)] == [True] * 2
+    plain = world.train(tmp_path / "plain" / stage, stage, config=world.config_of(steps=2))
+    assert not any("gap/rerouted_share" in line for line in numbers(plain))
+    assert numbers(folder)[0]["rollout/tokens"] == numbers(plain)[0]["rollout/tokens"]
+
+
+@pytest.mark.ray
+def test_routing_is_replayed_the_same_in_processes_of_their_own(
+    world: World, ray_cluster: Runtime, tmp_path: Path
+) -> None:
+    config = replaying(world)
+    alone = world.train(tmp_path / "alone", "distill", config=config)
+    same(world.train(tmp_path / "ray", "distill", ray_cluster, config), alone)
+    config.stages.distill.max_staleness, config.stages.distill.steps = 2, 4
+    folder = world.train(tmp_path / "ahead", "distill", ray_cluster, config)
+    assert [line["rollout/max_staleness"] for line in numbers(folder)] == [0, 1, 2, 2]
+    assert all("gap/rerouted_share" in line for line in numbers(folder))
+
+
+def replaying(world: World) -> Config:
+    config = world.config_of(steps=2)
+    return dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, routing_replay=True))
 
 
 def test_a_long_training_prompt_is_found_before_the_first_step(world: World, tmp_path: Path) -> None:

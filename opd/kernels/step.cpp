@@ -55,6 +55,7 @@ Value named(const c10::Dict<std::string, Value>& values, const std::string& name
 struct Part {
   Tensor token_ids, slots, starts, lengths, positions, pages;
   int64_t max_end;
+  Tensor record = {};  // int16 [B, T, L, K], to be filled with expert ids, if these are asked for
   int64_t batch = 0, tokens = 0, first = 0;
   Tensor seen = {};  // int64 [B, T], positions with padding moved back to its row's last token
 
@@ -68,7 +69,16 @@ struct Part {
   }
   Part rows(int64_t begin, int64_t end) const {
     const auto some = [&](const Tensor& x) { return x.slice(0, begin, end); };
-    return {some(token_ids), some(slots), some(starts), some(lengths), some(positions), some(pages), max_end};
+    return {some(token_ids), some(slots), some(starts), some(lengths), some(positions), some(pages), max_end,
+            record.defined() ? some(record) : record};
+  }
+  // Of the experts of every token of the call, int64 [N, K], this part's become those of `layer` of its record.
+  void keep(const Tensor& chosen, int64_t layer) const {
+    if (!record.defined()) return;
+    const int64_t k = chosen.size(1), of_token = record.size(2) * k;
+    const int64_t* from = chosen.const_data_ptr<int64_t>() + first * k;
+    int16_t* to = record.mutable_data_ptr<int16_t>() + layer * k;
+    for (int64_t t = 0; t < count(); ++t, from += k, to += of_token) std::copy_n(from, k, to);
   }
 };
 
@@ -416,12 +426,16 @@ struct Layer {
     }
   }
 
-  // The MoE: [N, D] -> [N, D].
-  Tensor mix(const Tensor& x, const Tensor& token_ids, const std::string& path) const {
+  // The MoE: [N, D] -> [N, D]. `learned`: how many layers before this one choose their experts, as records count them.
+  Tensor mix(const Tensor& x, const Tensor& token_ids, const std::string& path, const std::vector<Part>& parts,
+             int64_t learned) const {
     const Tensor scores = opd::affinity(opd::linear(x, router), is_sigmoid);
     Tensor chosen = hash ? at::index_select(*hash, 0, token_ids) : at::empty({x.size(0), per_token}, token_ids.options());
     Tensor weights = at::empty({x.size(0), per_token}, x.options());
     route(scores, chosen.mutable_data_ptr<int64_t>(), weights.mutable_data_ptr<float>());
+    if (!hash) {
+      for (const Part& part : parts) part.keep(chosen, learned);
+    }
     const Tensor sums = at::sum(weights, {-1}, true);  // torch's own order of additions, as in `Router`
     float* weight = weights.mutable_data_ptr<float>();
     for (int64_t t = 0; t < x.size(0); ++t, weight += per_token) {
@@ -473,14 +487,15 @@ struct Step : torch::CustomClassHolder {
   }
 
   // The hidden state of every row's last new token, [rows of all parts, D], from token ids int64 [B, T] of each part;
-  // the other arguments are its Extension's.
+  // the other arguments are its Extension's, and none, or for each part one, that `DeepseekV4.extend` has as `record`.
   Tensor extend(const std::vector<Tensor>& token_ids, const std::vector<Tensor>& slots,
                 const std::vector<Tensor>& starts, const std::vector<Tensor>& lengths,
                 const std::vector<Tensor>& positions, const std::vector<Tensor>& pages,
-                const std::vector<int64_t>& max_ends) {
+                const std::vector<int64_t>& max_ends, const std::vector<Tensor>& records) {
     std::vector<Part> parts;
     for (size_t i = 0; i < token_ids.size(); ++i) {
       parts.push_back({token_ids[i], slots[i], starts[i], lengths[i], positions[i], pages[i], max_ends[i]});
+      if (!records.empty()) parts.back().record = records.at(i);
     }
     const std::vector<int64_t> cuts = shares(parts);
     Tensor out = at::empty({cuts.back(), embedding.size(1)}, embedding.options());
@@ -554,22 +569,26 @@ struct Step : torch::CustomClassHolder {
     }
     Tensor x = at::index_select(embedding, 0, ids).unsqueeze(0).expand({streams, count, -1}).contiguous();
     Tensor frequencies, turns;
+    int64_t learned = 0;
     for (Layer& layer : layers) {
       if (!layer.frequencies.is_same(frequencies)) {
         frequencies = layer.frequencies, turns = turns_at(positions, frequencies);
       }
       auto site = layer.attn_hc.collapse(x);
       Tensor mixed = layer.attend(norm(site.hidden, layer.input_norm, eps), turns, parts);
-      if (&layer == &layers.back() && rows < count) {
-        // Other tokens have left what they leave, their keys. Nobody asks for more of them.
+      if (&layer == &layers.back() && rows < count && (layer.hash || !parts[0].record.defined())) {
+        // Other tokens have left what they leave, their keys. Nobody asks for more of them, unless for their experts.
         x = at::index_select(x, 1, last), mixed = at::index_select(mixed, 0, last);
         site.post = at::index_select(site.post, 1, last), site.residual = at::index_select(site.residual, 2, last);
         turns = at::index_select(turns, 0, last), ids = at::index_select(ids, 0, last);
       }
       x = opd::expand(x, layer.project(mixed, turns), site.post, site.residual);
       site = layer.ffn_hc.collapse(x);
-      x = opd::expand(x, layer.mix(norm(site.hidden, layer.post_norm, eps), ids, path), site.post, site.residual);
+      mixed = layer.mix(norm(site.hidden, layer.post_norm, eps), ids, path, parts, learned);
+      x = opd::expand(x, mixed, site.post, site.residual);
+      learned += !layer.hash;
     }
+    if (x.size(1) > rows) x = at::index_select(x, 1, last);
     return norm(head.collapse(x).hidden, final_norm, eps);
   }
 };

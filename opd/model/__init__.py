@@ -131,6 +131,15 @@ def _check_fp4_widths(config: DeepseekV4Config, model: ModelConfig) -> None:
             )
 
 
+def check_replay(config: Any) -> None:
+    """Raises ConfigError for a student, known by its transformers configuration, whose routing cannot be replayed."""
+    if "moe" not in getattr(config, "mlp_layer_types", ()):
+        raise ConfigError(
+            f"rollout.routing_replay=true cannot work: no layer of this {config.model_type} model has learned routing "
+            "(it takes a deepseek_v4 with `moe` in mlp_layer_types); set rollout.routing_replay=false"
+        )
+
+
 def with_path(model: ModelConfig, path: str, *, fp4: str | None = None) -> ModelConfig:
     """The same model settings over another checkpoint."""
     return dataclasses.replace(model, path=path, fp4=fp4 or model.fp4)

@@ -166,6 +166,16 @@ def balance_statistics(scores_NE: Tensor, chosen_NK: Tensor, real_BT: Tensor) ->
     return (frequency_BE * mean_share_BE).sum(), sent_BE.sum(0).to(torch.int64)
 
 
+def rerouted(scores_NE: Tensor, bias_E: Tensor, given_NK: Tensor) -> Tensor:
+    """int64 [2]: tokens for which the router, by its affinities and selection bias, would choose others than the given
+    experts, and tokens that are given any; `given_NK` as in `Router.forward`."""
+    is_given = given_NK[:, 0] >= 0
+    given, biased = given_NK.clamp(min=0), scores_NE.detach() + bias_E
+    best_other = biased.scatter(1, given, -torch.inf).amax(-1)
+    is_other = best_other > biased.gather(1, given).amin(-1)
+    return torch.stack([(is_other & is_given).sum(), is_given.sum()])
+
+
 def replayed_experts(
     routing_BTLK: Tensor, real_BT: Tensor, per_token: tuple[int, int], experts: int
 ) -> tuple[Tensor, ...]:

@@ -9,8 +9,8 @@ Left out: the C++ (`opd/kernels/step.cpp`), and everything that is not float32 o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -24,24 +24,31 @@ from opd.model.indexer import Indexer, hadamard
 from opd.model.transformer import DeepseekV4
 
 Part = tuple[Tensor, Extension]  # new tokens int64 [B, T] of cached sequences, and where they go
-Extend = Callable[[Sequence[Part]], Tensor]
+
+
+class Extend(Protocol):
+    def __call__(self, parts: Sequence[Part], records: Sequence[Tensor] = ()) -> Tensor: ...
 
 
 def stepper(model: DeepseekV4, cache: Cache) -> Extend:
     """What maps parts of a step, say decoding rows and chunks of prompts, to the hidden states of their rows' last new
     tokens, [rows of all parts, D], as `model.extend` does with this cache, under the weights that the model holds now,
-    which must stay as they are. No gradient."""
+    which must stay as they are. `records` has each part's `record`, or nothing. No gradient."""
     if not _fits(model, cache):
 
-        def by_operators(parts: Sequence[Part]) -> Tensor:
-            hidden = [model.extend(token_ids, cache, at) for token_ids, at in parts]
+        def by_operators(parts: Sequence[Part], records: Sequence[Tensor] = ()) -> Tensor:
+            filled = records or [None] * len(parts)
+            hidden = [
+                model.extend(token_ids, cache, at, record)
+                for (token_ids, at), record in zip(parts, filled, strict=True)
+            ]
             rows = [torch.arange(len(part), device=part.device) for part in hidden]
             return torch.cat([h[row, at.lengths - 1] for h, row, (_, at) in zip(hidden, rows, parts, strict=True)])
 
         return by_operators
     step = _compiled(model, cache)
 
-    def extend(parts: Sequence[Part]) -> Tensor:
+    def extend(parts: Sequence[Part], records: Sequence[Tensor] = ()) -> Tensor:
         ats = [at for _, at in parts]
         return step.extend(
             [token_ids for token_ids, _ in parts],
@@ -51,6 +58,7 @@ def stepper(model: DeepseekV4, cache: Cache) -> Extend:
             [at.positions for at in ats],
             [at.pages for at in ats],
             [at.max_end for at in ats],
+            list(records),
         )
 
     return extend

@@ -29,7 +29,7 @@ from opd.model.block import WINDOW_ONLY as WINDOW_ONLY  # the three are known un
 from opd.model.cache import Cache, CompressorState, Extension, LayerCache, Layout, RowFormat, page_size
 from opd.model.hyper_connection import HyperHead
 from opd.model.layers import RMSNorm, rope_frequencies, rope_rotation
-from opd.model.moe import SCORING, balance_statistics, replayed_experts
+from opd.model.moe import SCORING, balance_statistics, replayed_experts, rerouted
 from opd.model.mtp import MtpBlock
 
 SIZES = (
@@ -63,6 +63,7 @@ class ModelOutput:
     index_recall: Tensor | None = None  # [2]: sum and number of the recalls that `IndexReport` describes; if asked
     mtp_hidden: Tensor | None = None  # [B, T, D]: index t predicts token t + 2, and means nothing from length - 1 on
     routing: Tensor | None = None  # int16 [B, T, L, K]: ids of the experts chosen by each score-routed layer; if asked
+    rerouted: Tensor | None = None  # int64 [2]: the sums over layers of what `rerouted` counts; if experts were given
 
 
 def v4_config(fields: dict[str, Any]) -> DeepseekV4Config:
@@ -220,7 +221,7 @@ class DeepseekV4(nn.Module):
             record = self.new_routing(*token_ids.shape)
         rotations = self._rotations(positions[None])
         site = self.blocks[0].attn_hc.collapse(self._embed(token_ids))
-        balance, load, reports = [], [], []
+        balance, load, reports, changes = [], [], [], []
         streams = hidden = site.hidden  # both come from the last layer
         for block, after in zip(self.blocks, [*self.blocks[1:], None], strict=True):
             rotation, frequencies = rotations[block.self_attn.compressor is not None]
@@ -239,6 +240,8 @@ class DeepseekV4(nn.Module):
             if not block.mlp.gate.is_hash:
                 if record is not None:
                     record[:, :, layer] = chosen.view(*token_ids.shape, -1)
+                if replayed is not None:
+                    changes.append(rerouted(scores, block.mlp.gate.e_score_correction_bias, replayed))
                 layer_balance, layer_load = balance_statistics(scores, chosen, real)
                 balance.append(layer_balance)
                 load.append(layer_load)
@@ -253,6 +256,8 @@ class DeepseekV4(nn.Module):
             load.append(layer_load)
         if load:
             output.balance_loss, output.expert_load = torch.stack(balance).mean(), torch.stack(load)
+        if changes:
+            output.rerouted = torch.stack(changes).sum(0)
         if reports:
             output.index_loss = torch.stack([report.loss for report in reports]).mean()
             output.index_recall = torch.stack([report.recall for report in reports]).sum(0)

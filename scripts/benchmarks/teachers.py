@@ -32,7 +32,7 @@ from opd.actors import LocalStore, open_runtime
 from opd.config import Config, ConfigError, TeacherConfig
 from opd.metrics import read_metrics
 from opd.model import new_v4
-from opd.types import Trajectory
+from opd.types import Trajectory, no_routing
 from opd.weights import save_checkpoint
 from scripts.benchmarks import Figure, peak_memory, report, split_arguments
 from teachers.local import TeacherHost
@@ -185,6 +185,7 @@ def _trajectory(seed: int, vocab_size: int) -> Trajectory:
         sampler_logprobs=np.zeros(TOKENS, dtype=np.float32),
         version_spans=(),
         finish_reason="stop",
+        routing=no_routing(TOKENS),
     )
 
 
