@@ -172,6 +172,7 @@ class RolloutConfig:
     wal: str = "process"
     # Whether grpo and distill train on the experts that the samplers sent each token to (R3, arXiv 2510.11370; of a
     # deepseek_v4 with learned routing). The router is trained all the same: it weighs them, and has not chosen them.
+    # Two bytes for each expert of a token: of all slots at full length in a worker, of a step's tokens on their way.
     routing_replay: bool = False
     sampling: CompletionConfig = field(default_factory=CompletionConfig)
 

@@ -96,7 +96,7 @@ class Objective(nn.Module):
         options: dict[str, Any] = {"indexing": work.indexing} if trains_index else {}
         if work.mtp_weight > 0:
             options["mtp"] = True
-        if batch.routing.shape[2] > 0:
+        if batch.routing.shape[2] > 0:  # a policy to stay near, of whatever stage, chooses experts of its own
             options["routing"] = batch.routing
         # Not by a call: ZeRO's hooks look for tensors in what a module returns, and this is no module with weights.
         output = self.model.forward(batch.token_ids, batch.lengths, **options)

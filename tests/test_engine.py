@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,7 +25,7 @@ from opd.config import ModelConfig, StageConfig
 from opd.learner import Learner
 from opd.model import new_v4
 from opd.stats import merge_stats
-from opd.types import Demonstration
+from opd.types import Demonstration, Group
 from opd.weights import save_checkpoint
 from tests.test_learner import (
     DENSE,
@@ -81,12 +82,26 @@ def start(folder: Path, kind: str, optimizer: str, zero_stage: int, group: tuple
     return Learner(dataclasses.replace(settings, rank=rank, world_size=world_size, master_port=port), Memory())
 
 
+def routed(group: Group, rng: np.random.Generator) -> Group:
+    """As if a sampler had chosen any two of the four experts of the one layer that learns to route."""
+
+    def experts(num_tokens: int) -> np.ndarray:
+        chosen = rng.permuted(np.tile(np.arange(4, dtype=np.int16), (num_tokens, 1, 1)), axis=-1)[..., :2]
+        chosen[-1] = -1
+        return chosen
+
+    recorded = (dataclasses.replace(t, routing=experts(len(t.token_ids))) for t in group.trajectories)
+    return dataclasses.replace(group, trajectories=tuple(recorded))
+
+
 def take_steps(learner: Learner, steps: range, micro_batch_tokens: int = 24) -> list[Any]:
-    """Steps of different sizes; the second one is too small for all ranks to have a row."""
+    """Steps of different sizes; the second one is too small for all ranks to have a row. The third replays routing."""
     stats = []
     for step in steps:
         num, longest = ((5, 12), (1, 3), (4, 9), (3, 14))[step]
         groups = make_groups(num, seed=step, longest=longest)
+        if step == 2 and learner.settings.model.family == "deepseek_v4":
+            groups = [routed(group, np.random.default_rng(0)) for group in groups]
         signals: Any = [[Demonstration()] * 2 for _ in groups]
         heads = {}
         if learner.settings.stage is not SFT and learner.settings.stage == DISTILL:

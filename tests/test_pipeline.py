@@ -328,6 +328,22 @@ def test_stages_run_one_by_one_are_the_quickstart(world: World, finished: Path) 
     assert len(metrics_of(folder / "base")) == 1, "nothing of the earlier one is left"
 
 
+def test_routing_that_cannot_be_replayed_is_refused_at_the_start(
+    world: World, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hashed = ("rollout.routing_replay=true", "model.config.mlp_layer_types=[hash_moe,hash_moe]")
+    for command in ("quickstart", "base"):
+        folder = world.opd(command, "refused", *hashed, status=2)
+        assert "rollout.routing_replay=true cannot work" in capsys.readouterr().err + caplog.text
+        assert not folder.exists()
+    # Of a base that is there it is known as soon as somebody would sample from it.
+    folder = world.opd("base", "hashed", hashed[1], "stages.base.steps=1")
+    for command in ("specialist", "distill", "check"):
+        world.opd(command, "hashed", *hashed, *(["domain=copy"] if command == "specialist" else []), status=2)
+        assert "rollout.routing_replay=true cannot work" in capsys.readouterr().err + caplog.text
+    assert not (folder / "specialists").exists() and not (folder / "student").exists()
+
+
 # --- a run that is resumed --------------------------------------------------------------------------------------------
 
 SHORT = (

@@ -266,7 +266,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[DeepseekV4, ModelCon
 
 @pytest.mark.parametrize("stage", [GRPO, DISTILL], ids=["grpo", "distill"])
 @pytest.mark.parametrize(
-    "learner", [{}, {"micro_batch_tokens": 30, "activation_checkpointing": True}, {"zero_stage": 1}], ids=str
+    "learner", [{}, {"micro_batch_tokens": 30, "activation_checkpointing": True}, {"zero_stage": 3}], ids=str
 )
 def test_the_learner_is_the_policy_that_acted(
     pair: tuple[DeepseekV4, ModelConfig], stage: StageConfig, learner: dict[str, Any]
