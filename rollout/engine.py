@@ -95,11 +95,11 @@ class V4Engine:
         self.hidden = torch.zeros(num_slots + 1, width, dtype=model.head.dtype, device=device)  # of the last token read
         self.record_routing = record_routing
         self.routing = model.new_routing(num_slots + 1 if record_routing else 0, max_tokens)  # by slot and position
-        self.keys = torch.zeros(num_slots, dtype=torch.int64, device=device)  # noise stream of the slot's trajectory
         self.stop_ids = np.array(sorted(stop_ids), dtype=np.int64)
         self.stops = np.isin(np.arange(vocab_size), self.stop_ids)
         # On the host, per slot. A slot decodes when all of its tokens but the last one are in the cache.
         self.occupants = np.zeros(num_slots, dtype=np.int64)  # request
+        self.keys = np.zeros(num_slots, dtype=np.int64)  # noise stream of its trajectory
         self.tokens = np.zeros((num_slots, max_tokens), dtype=np.int32)  # prompt and what followed
         self.lengths = np.zeros(num_slots, dtype=np.int64)  # how many these are
         self.ends = np.zeros(num_slots, dtype=np.int64)  # how many are in the cache
@@ -198,6 +198,7 @@ class V4Engine:
             del run.prefixes[index]
             slot = self.free.pop()
             self.occupants[slot], self.ends[slot] = index, 0
+            self.keys[slot] = trajectory_key(request.trajectory_id, self.seed)
             self.tokens[slot, : len(prefix)] = prefix
             self.lengths[slot], self.prompt_ends[slot] = len(prefix), len(request.token_ids)
             self.limits[slot] = request.limit(run.sampling.max_new_tokens, self.max_tokens)
@@ -209,8 +210,6 @@ class V4Engine:
         if not seated:
             return
         run.reading += seated
-        keys = [trajectory_key(run.requests[int(self.occupants[slot])].trajectory_id, self.seed) for slot in seated]
-        self.keys[seated] = torch.tensor(keys, device=self.keys.device)
         self._copy(self.shelf, from_shelf)
         if run.shelf_prompt != NOBODY and not run.unread[run.shelf_prompt]:
             self._clear_shelf(run)
@@ -219,8 +218,7 @@ class V4Engine:
         """Puts the prompt that `source` has just read into other slots."""
         if not slots:
             return
-        self.cache.fork([source] * len(slots), slots)
-        self.hidden[slots] = self.hidden[[source] * len(slots)]
+        self.cache.fork([source] * len(slots), slots, [self.hidden])
         seats = [slot for slot in slots if slot != self.shelf]
         self.ends[seats] = self.prompt_ends[seats]
         if self.record_routing:
@@ -263,15 +261,20 @@ class V4Engine:
         self.ends[ready] += 1
         self.decoding_steps += bool(len(ready))
         if run.reading:
-            self.hidden[reading] = hidden[len(ready) :]
-            self._share_prompts(run, reading, sizes)
+            if len(reading):
+                self.hidden[torch.as_tensor(reading, device=hidden.device)] = hidden[len(ready) :]
+                self._share_prompts(run, reading, sizes)
             complete = [slot for slot in run.reading if self.ends[slot] == self.lengths[slot]]
             run.reading = [slot for slot in run.reading if self.ends[slot] < self.lengths[slot]]
             if self.record_routing:
                 self._leave(run, [slot for slot in complete if self.occupants[slot] in run.reasons])
                 complete = [slot for slot in complete if self.occupants[slot] not in run.reasons]
-            hidden = torch.cat((hidden[: len(ready)], self.hidden[complete]))
-            ready = np.concatenate((ready, np.array(complete, dtype=np.int64)))
+            if complete:
+                seats = np.array(complete, dtype=np.int64)
+                others = self.hidden.index_select(0, torch.as_tensor(seats, device=hidden.device))
+                hidden, ready = torch.cat((hidden[: len(ready)], others)), np.concatenate((ready, seats))
+            else:
+                hidden = hidden[: len(ready)]
         if len(ready):
             run.active = self._draw(run, ready, hidden)
 
@@ -346,8 +349,7 @@ class V4Engine:
         The token is not in the cache yet.
         """
         lengths = self.lengths[slots]
-        positions = torch.as_tensor(lengths, device=hidden.device)
-        keys = self.keys[torch.as_tensor(slots, device=hidden.device)]
+        keys, positions = (torch.as_tensor(column, device=hidden.device) for column in (self.keys[slots], lengths))
         samples = sample_next(hidden, self.model.head, keys, positions, run.sampling).samples()
         self.tokens[slots, lengths] = samples.token_ids
         self.lengths[slots] = lengths + 1

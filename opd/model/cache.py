@@ -178,6 +178,7 @@ class Cache:
     references: np.ndarray = field(init=False)  # int64 [pages], slots that hold the page
     free: list[int] = field(init=False)  # page numbers; the last one is taken next
     own: np.ndarray = field(init=False)  # int64 [2, slots]: from where to where lies a page that is the slot's alone
+    _per_slot: list[Tensor] = field(init=False, default_factory=list)  # of all layers, once they are needed
 
     def __post_init__(self) -> None:
         self.own = np.zeros((2, self.num_slots), dtype=np.int64)
@@ -224,49 +225,40 @@ class Cache:
         rows = np.flatnonzero((starts < begin) | (ends > end))
         if not len(rows):
             return
-        # Most often what remains are rows that walk into their next page.
-        walkers, at = slots[rows], starts[rows]
-        page = at // self.page_tokens
-        walks = (at == end[rows]) & (at > 0) & (ends[rows] <= at + self.page_tokens) & (self.table[walkers, page] < 0)
-        if walks.all() and len(rows) <= len(self.free):
-            taken = self.free[: -len(rows) - 1 : -1]
-            del self.free[-len(rows) :]
-            self.references[taken] = 1
-            self.table[walkers, page] = taken
-            self.own[:, walkers] = at, at + self.page_tokens
-            return
+        slots, starts, ends = slots[rows], starts[rows], ends[rows]
         first, last = starts // self.page_tokens, (ends - 1) // self.page_tokens
-        fresh = (starts == 0) & (self.table[slots, 0] >= 0)
         held = self.table[slots, first]
-        rows = np.flatnonzero(fresh | (first < last) | (held < 0) | (self.references[held] != 1))
-        if len(rows):
-            self._take_pages(slots, starts, first, last, fresh, rows)
-        # Whoever starts at 0 is given pages anew.
-        self.own[:, slots] = np.maximum(last * self.page_tokens, 1), (last + 1) * self.page_tokens
-
-    def _take_pages(
-        self,
-        slots: np.ndarray,
-        starts: np.ndarray,
-        first: np.ndarray,
-        last: np.ndarray,
-        fresh: np.ndarray,
-        rows: np.ndarray,
-    ) -> None:
-        """What `rows` of the call need: pages first .. last, theirs alone. Changes nothing when it raises."""
-        lost = (starts > 0) & (self.table[slots, np.maximum(starts - 1, 0) // self.page_tokens] < 0)
+        before = self.table[slots, np.maximum(starts - 1, 0) // self.page_tokens]
+        lost = (starts > 0) & (before < 0)
         if lost.any():
             slot, start = slots[lost][0], starts[lost][0]
             raise ValueError(f"slot {slot} cannot go on at position {start}: it does not hold what comes before")
-        # A rehearsal of what follows, so that nothing has changed if there are too few pages. Pages given back count,
-        # and of the rows that write to one shared page the last holder keeps it.
+        most = int((last - first).sum()) + len(rows)
+        if most > len(self.free):
+            self._check_room(slots, starts, first, last)
+        if most == len(rows) <= len(self.free) and (held < 0).all():
+            # Most often rows walk into their next page.
+            taken = self.free[: -len(rows) - 1 : -1]
+            del self.free[-len(rows) :]
+            self.references[taken] = 1
+            self.table[slots, first] = taken
+        else:
+            self.release(slots[(starts == 0) & (held >= 0)])
+            self._take_pages(slots, first, last)
+        # Whoever starts at 0 is given pages anew.
+        self.own[:, slots] = np.maximum(last * self.page_tokens, 1), (last + 1) * self.page_tokens
+
+    def _check_room(self, slots: np.ndarray, starts: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
+        """A rehearsal of what follows, so that nothing has changed if there are too few pages. Pages given back count,
+        and of the rows that write to one shared page the last holder keeps it."""
+        fresh = (starts == 0) & (self.table[slots, 0] >= 0)
         returned = self.table[slots[fresh]]
         returned = returned[returned >= 0]
         references = self.references - np.bincount(returned, minlength=self.num_pages)
         available = len(self.free) + int((references[np.unique(returned)] == 0).sum())
         needed = 0
-        for row in rows:
-            pages = self.table[slots[row], first[row] : last[row] + 1]
+        for row, slot in enumerate(slots):
+            pages = self.table[slot, first[row] : last[row] + 1]
             if fresh[row]:
                 needed += len(pages)
                 continue
@@ -276,12 +268,12 @@ class Cache:
             needed += int((~held | shared).sum())
         if needed > available:
             raise OutOfPages(f"{needed} pages are needed, {available} of {self.num_pages} are free")
-        self.release(slots[fresh])
+
+    def _take_pages(self, slots: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
+        """Pages first .. last for every slot, its alone; what is on shared ones is copied."""
         copies: list[tuple[int, int]] = []
-        for row in rows:
-            slot = slots[row]
-            for page in range(first[row], last[row] + 1):
-                old = self.table[slot, page]
+        for slot, begin, end in zip(slots.tolist(), first.tolist(), (last + 1).tolist(), strict=True):
+            for page, old in enumerate(self.table[slot, begin:end].tolist(), begin):
                 if old >= 0 and self.references[old] == 1:
                     continue
                 new = self.free.pop()
@@ -297,25 +289,32 @@ class Cache:
     def release(self, slots: Sequence[int] | np.ndarray) -> None:
         """Gives back the pages of slots whose sequences have ended; what they share with others stays."""
         for slot in slots:
-            held = self.table[slot][self.table[slot] >= 0]
-            self.references[held] -= 1
-            self.free += [int(page) for page in held[::-1] if self.references[page] == 0]
-            self.table[slot] = -1
+            pages = self.table[slot]
+            if pages[0] < 0:
+                continue
+            for page in pages[pages >= 0][::-1].tolist():
+                self.references[page] -= 1
+                if not self.references[page]:
+                    self.free.append(page)
+            pages.fill(-1)
             self.own[:, slot] = 0
 
-    def fork(self, sources: Sequence[int], destinations: Sequence[int]) -> None:
-        """Slot destinations[i] goes on from the state of sources[i]: pages shared, ring and tails copied. No slot may
-        be in both; a destination lets go of what it held."""
+    def fork(self, sources: Sequence[int], destinations: Sequence[int], also: Sequence[Tensor] = ()) -> None:
+        """Slot destinations[i] goes on from the state of sources[i]: pages shared, ring and tails copied, and so is
+        what contiguous tensors of the caller, `also`, have in the same row. No slot may be in both; a destination lets
+        go of what it held."""
         if not len(sources):
             return
         self.release(destinations)
-        held = self.table[np.asarray(sources)]
-        self.table[np.asarray(destinations)] = held
-        np.add.at(self.references, held[held >= 0], 1)
-        self.own[:, np.concatenate((sources, destinations))] = 0
+        for source, destination in zip(sources, destinations, strict=True):
+            pages = self.table[source]
+            self.table[destination] = pages
+            self.references[pages[pages >= 0]] += 1
+        self.own[:, [*sources, *destinations]] = 0
         device = self.layers[0].window.device
         source, destination = torch.as_tensor(sources, device=device), torch.as_tensor(destinations, device=device)
-        copy_rows([tensor for layer in self.layers for tensor in layer.per_slot()], source, destination)
+        self._per_slot = self._per_slot or [tensor for layer in self.layers for tensor in layer.per_slot()]
+        copy_rows([*self._per_slot, *also], source, destination)
 
     def snapshot(self, slot: int) -> list[Tensor]:
         """Copies of everything `slot` holds, to be given to `restore` of a cache of the same shape."""
