@@ -21,6 +21,7 @@
 #include <torch/custom_class.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -41,6 +42,7 @@ constexpr int64_t QUERY_NUMBERS = 1 << 21;  // of index queries that exist at a 
 // to be read by each from a shared cache; otherwise they share every single product. Rows do not depend on each other.
 constexpr int64_t SMALL = 32 << 20;
 constexpr int64_t LEAST_TOKENS = 8;   // of a share
+constexpr double PATIENCE = .1;       // how much of what a thread was late by changes its next share
 constexpr int64_t MOST_TOKENS = 256;  // of a share of several rows: what lies between two operators fits in a core's cache
 
 template <typename Value>
@@ -458,6 +460,7 @@ struct Step : torch::CustomClassHolder {
   std::string path;
   std::vector<Layer> layers;
   int64_t num_bytes = 0;  // of the layers' weights
+  std::vector<double> pace;  // of each thread: its share of what all do
 
   // `trunk`: embed_tokens.weight, norm.weight, hc_head.*; `path` as in opd/kernels/cpu.py.
   Step(const Tensors& trunk, const Sizes& sizes, const Numbers& numbers, std::string path)
@@ -498,11 +501,14 @@ struct Step : torch::CustomClassHolder {
       if (!records.empty()) parts.back().record = records.at(i);
     }
     const std::vector<int64_t> cuts = shares(parts);
+    const int64_t count = cuts.size() - 1;
+    std::vector<double> seconds(count);
     Tensor out = at::empty({cuts.back(), embedding.size(1)}, embedding.options());
-    at::parallel_for(0, cuts.size() - 1, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       // Threads of a pool know nothing of the caller's mode; what they make here is seen by nobody else.
       const c10::InferenceMode mode;
       for (int64_t i = begin; i < end; ++i) {
+        const auto start = std::chrono::steady_clock::now();
         std::vector<Part> some;
         int64_t before = 0;
         for (const Part& part : parts) {
@@ -514,14 +520,17 @@ struct Step : torch::CustomClassHolder {
         const Tensor hidden = extend_rows(std::move(some));
         std::memcpy(out.mutable_data_ptr<float>() + cuts[i] * out.size(1), hidden.const_data_ptr<float>(),
                     hidden.nbytes());
+        seconds[i] = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       }
     });
+    if (count == static_cast<int64_t>(pace.size())) learn_pace(seconds);
     return out;
   }
 
  private:
-  // Where rows, counted over all parts, are cut into shares for the threads: of about as many tokens, or one of all.
-  std::vector<int64_t> shares(const std::vector<Part>& parts) const {
+  // Where rows, counted over all parts, are cut into shares for the threads: of about as many tokens as each one's pace
+  // allows.
+  std::vector<int64_t> shares(const std::vector<Part>& parts) {
     int64_t rows = 0, tokens = 0;
     for (const Part& part : parts) rows += part.token_ids.size(0), tokens += part.token_ids.numel();
     const int64_t threads = at::get_num_threads();
@@ -529,12 +538,17 @@ struct Step : torch::CustomClassHolder {
     if (tokens > count * MOST_TOKENS) count = (tokens / MOST_TOKENS + threads) / threads * threads;
     std::vector<int64_t> cuts{0};
     if (num_bytes <= SMALL && rows > 1 && count > 1) {
+      if (static_cast<int64_t>(pace.size()) != threads) pace.assign(threads, 1. / threads);
+      std::vector<double> goals;  // tokens before the end of each share
+      for (int64_t i = 0; i < count; ++i) {
+        goals.push_back((i ? goals.back() : 0) + tokens * (count == threads ? pace[i] : 1. / count));
+      }
       int64_t row = 0, done = 0, before = 0, most = 0;
       for (const Part& part : parts) {
         const int64_t width = part.token_ids.size(1);
         for (int64_t b = 0; b < part.token_ids.size(0); ++b, ++row, done += width) {
           const int64_t share = cuts.size();
-          if (share < count && row > cuts.back() && (done + width / 2) * count >= tokens * share) {
+          if (share < count && row > cuts.back() && done + width / 2 >= goals[share - 1]) {
             most = std::max(most, done - before), before = done;
             cuts.push_back(row);
           }
@@ -545,6 +559,19 @@ struct Step : torch::CustomClassHolder {
     }
     cuts.push_back(rows);
     return cuts;
+  }
+
+  // Rows differ in what they cost, older ones see more, and so do threads: the one that called has just run something
+  // else. Who was late gets less the next time. Results do not depend on who computes them.
+  void learn_pace(const std::vector<double>& seconds) {
+    double mean = 0, sum = 0;
+    for (const double value : seconds) mean += value / seconds.size();
+    for (size_t i = 0; i < pace.size(); ++i) {
+      pace[i] *= 1 + PATIENCE * std::clamp(mean / seconds[i] - 1, -.5, .5);
+      pace[i] = std::clamp(pace[i], .7 / pace.size(), 1.3 / pace.size());
+      sum += pace[i];
+    }
+    for (double& value : pace) value /= sum;
   }
 
   Tensor extend_rows(std::vector<Part> parts) {
