@@ -27,15 +27,20 @@ KERNEL static void pack_columns(
 #pragma GCC unroll 2
         for (int v = 0; v < VECTORS; ++v) store(target + p * SPAN + v * LANES, load(from + p * row + v * LANES));
       }
-    } else if (row == 1 && columns == SPAN) {
+    } else if (row == 1) {
       const int64_t whole = inner / LANES * LANES;
       for (int v = 0; v < VECTORS; ++v) {
         const float* source = from + v * LANES * column;
+        const int64_t here = std::clamp<int64_t>(columns - v * LANES, 0, LANES);
+        alignas(64) float some[LANES * LANES] = {};
         for (int64_t p = 0; p < whole; p += LANES) {
-          transpose(source + p, column, target + p * SPAN + v * LANES, SPAN);
+          for (int64_t j = 0; j < here && here < LANES; ++j) {
+            __builtin_memcpy(some + j * LANES, source + j * column + p, LANES * sizeof(float));
+          }
+          transpose(here < LANES ? some : source + p, here < LANES ? LANES : column, target + p * SPAN + v * LANES, SPAN);
         }
         for (int64_t p = whole; p < inner; ++p) {
-          for (int j = 0; j < LANES; ++j) target[p * SPAN + v * LANES + j] = source[j * column + p];
+          for (int j = 0; j < LANES; ++j) target[p * SPAN + v * LANES + j] = j < here ? source[j * column + p] : 0.f;
         }
       }
     } else {
