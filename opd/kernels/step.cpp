@@ -15,6 +15,7 @@
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/mul.h>
+#include <ATen/ops/ones_like.h>
 #include <ATen/ops/sum.h>
 #include <ATen/ops/zeros.h>
 #include <c10/core/InferenceMode.h>
@@ -73,6 +74,12 @@ struct Part {
     const auto some = [&](const Tensor& x) { return x.slice(0, begin, end); };
     return {some(token_ids), some(slots), some(starts), some(lengths), some(positions), some(pages), max_end,
             record.defined() ? some(record) : record};
+  }
+  // Its rows' last tokens alone, as the call's tokens from `before` on: decoding rows.
+  Part ends(int64_t before) const {
+    const Tensor at = at::add(starts, lengths).sub_(1);
+    const Tensor position = at.unsqueeze(1);
+    return {token_ids, slots, at, at::ones_like(lengths), position, pages, max_end, {}, batch, 1, before, at::add(position, 1)};
   }
   // Of the experts of every token of the call, int64 [N, K], this part's become those of `layer` of its record.
   void keep(const Tensor& chosen, int64_t layer) const {
@@ -142,15 +149,16 @@ void pack_block(const float* from, uint8_t* codes, uint8_t* scale) {
   *scale = finite ? byte : 255;
 }
 
-// The rows [B, T, C] go into a ring [slots, R, C] by position; of more than R of a sequence, the last R.
-void write_ring(Tensor& ring, const Tensor& values, const Part& at) {
+// The rows [B, T, C], but for each sequence's last few, go into a ring [slots, R, C] by position; of more than R of a
+// sequence, the last R.
+void write_ring(Tensor& ring, const Tensor& values, const Part& at, int64_t but = 0) {
   const int64_t size = ring.size(1), width = ring.size(2);
   const int64_t *slots = at.slots.const_data_ptr<int64_t>(), *starts = at.starts.const_data_ptr<int64_t>(),
                 *lengths = at.lengths.const_data_ptr<int64_t>();
   const float* from = values.const_data_ptr<float>();
   float* to = ring.mutable_data_ptr<float>();
   for (int64_t b = 0; b < at.batch; ++b) {
-    for (int64_t t = std::max<int64_t>(0, lengths[b] - size); t < lengths[b]; ++t) {
+    for (int64_t t = std::max<int64_t>(0, lengths[b] - but - size); t < lengths[b] - but; ++t) {
       std::memcpy(to + (slots[b] * size + (starts[b] + t) % size) * width, from + (b * at.tokens + t) * width,
                   width * sizeof(float));
     }
@@ -371,13 +379,27 @@ struct Layer {
             named(numbers, "eps"),                      named(numbers, "hc_eps"),    named(sizes, "hc_iterations")};
   }
 
-  // h [N, D] -> attention's heads [N, H, C] before they are turned back; the cache takes the new tokens in.
-  Tensor attend(const Tensor& h, const Tensor& turns, const std::vector<Part>& parts) {
-    const Tensor latent = norm(opd::linear(h, q_a_proj), q_a_norm, eps);
-    const Tensor query = norm(opd::linear(latent, q_b_proj).view({h.size(0), heads, -1}), {}, eps, turns, heads);
+  // h [N, D] -> attention's heads [N, H, C] before they are turned back; the cache takes the new tokens in. With `last`,
+  // the places of rows' last tokens among all, nobody asks for the others' heads.
+  Tensor attend(const Tensor& h, const Tensor& turns, const std::vector<Part>& parts, const Maybe& last) {
     const Tensor keys = norm(opd::linear(h, kv_proj), kv_norm, eps, turns);
     if (compressor) compressor->extend(h, parts);
     if (indexer) indexer->extend(h, parts);
+    if (!last) return attend_to(h, turns, keys, parts);
+    std::vector<Part> ends;
+    int64_t before = 0;
+    for (const Part& part : parts) {
+      write_ring(window, part.of(keys), part, 1);
+      ends.push_back(part.ends(before));
+      before += part.batch;
+    }
+    const auto of = [&](const Tensor& x) { return at::index_select(x, 0, *last); };
+    return attend_to(of(h), of(turns), of(keys), ends);
+  }
+
+  Tensor attend_to(const Tensor& h, const Tensor& turns, const Tensor& keys, const std::vector<Part>& parts) {
+    const Tensor latent = norm(opd::linear(h, q_a_proj), q_a_norm, eps);
+    const Tensor query = norm(opd::linear(latent, q_b_proj).view({h.size(0), heads, -1}), {}, eps, turns, heads);
     std::vector<Tensor> mixed;
     for (const Part& part : parts) {
       Tensor visible = part.seen;
@@ -602,10 +624,12 @@ struct Step : torch::CustomClassHolder {
         frequencies = layer.frequencies, turns = turns_at(positions, frequencies);
       }
       auto site = layer.attn_hc.collapse(x);
-      Tensor mixed = layer.attend(norm(site.hidden, layer.input_norm, eps), turns, parts);
-      if (&layer == &layers.back() && rows < count && (layer.hash || !parts[0].record.defined())) {
-        // Other tokens have left what they leave, their keys. Nobody asks for more of them, unless for their experts.
-        x = at::index_select(x, 1, last), mixed = at::index_select(mixed, 0, last);
+      // Other tokens leave no more than their keys in the last layer, unless somebody asks for their experts.
+      const bool ends_only = &layer == &layers.back() && rows < count && (layer.hash || !parts[0].record.defined());
+      const Tensor h = norm(site.hidden, layer.input_norm, eps);
+      Tensor mixed = layer.attend(h, turns, parts, ends_only ? Maybe(last) : Maybe());
+      if (ends_only) {
+        x = at::index_select(x, 1, last);
         site.post = at::index_select(site.post, 1, last), site.residual = at::index_select(site.residual, 2, last);
         turns = at::index_select(turns, 0, last), ids = at::index_select(ids, 0, last);
       }
