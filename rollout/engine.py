@@ -34,6 +34,7 @@ PREFILL_TOKENS = 8192  # padded prompt tokens read along with one decoding step
 REFILL_SHARE = 8  # requests whose prompt is to be read join when one slot in so many is free: together they cost less
 SPARE_SHARE = 8  # pages kept free for decoding when a request is seated: one for so many active slots
 NOBODY = -1
+NO_SLOTS = np.empty(0, dtype=np.int64)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,7 +55,7 @@ class _Run:
     unread: Counter[int]  # prompt -> its waiting requests
     prefixes: dict[int, np.ndarray]  # of waiting requests: all tokens so far, int32
     reading: list[int] = field(default_factory=list)  # slots whose prefix is not in the cache yet
-    active: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # slots that decode
+    active: np.ndarray = field(default_factory=lambda: NO_SLOTS)  # slots that decode
     shelf_prompt: int = NOBODY
     owners: list[np.ndarray] = field(default_factory=list)  # per step: the request of each sample
     steps: list[Samples] = field(default_factory=list)
@@ -127,7 +128,7 @@ class V4Engine:
         while run.waiting or run.reading or len(run.active):
             self._admit(run)
             self._step(run)
-        drawn = by_owner(np.concatenate([np.empty(0, np.int64), *run.owners]), concatenate(run.steps), len(requests))
+        drawn = by_owner(np.concatenate([NO_SLOTS, *run.owners]), concatenate(run.steps), len(requests))
         routing = [run.routing.get(index, no_routing(0)) for index in range(len(requests))]
         return [
             finished(request, drawn[index], policy_version, run.reasons[index], routing[index])
@@ -300,9 +301,12 @@ class V4Engine:
 
     def _part(self, slots: np.ndarray, sizes: np.ndarray) -> Part:
         """The next `sizes` tokens of each slot, and where they go. Raises OutOfPages."""
-        at = self.cache.extension(slots, self.ends[slots], sizes)
-        columns = self.ends[slots][:, None] + np.arange(at.positions.shape[1])
-        token_ids = self.tokens[slots[:, None], np.minimum(columns, self.max_tokens - 1)].astype(np.int64)
+        starts = self.ends[slots]
+        at = self.cache.extension(slots, starts, sizes)
+        columns = starts[:, None]
+        if at.positions.shape[1] > 1:
+            columns = np.minimum(columns + np.arange(at.positions.shape[1]), self.max_tokens - 1)
+        token_ids = self.tokens[slots[:, None], columns].astype(np.int64)
         return torch.as_tensor(token_ids, device=at.slots.device), at
 
     def _share_prompts(self, run: _Run, readers: np.ndarray, sizes: np.ndarray) -> None:
@@ -322,6 +326,8 @@ class V4Engine:
     def _chunks(self, run: _Run) -> tuple[np.ndarray, np.ndarray]:
         """Who reads how many tokens now: the oldest first, up to the budget of padded tokens, and never across the end
         of a prompt, where others may copy it."""
+        if not run.reading:
+            return NO_SLOTS, NO_SLOTS
         budget = self.prefill_tokens
         slots: list[int] = []
         sizes: list[int] = []

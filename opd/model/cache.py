@@ -208,13 +208,16 @@ class Cache:
         self._reserve(slots, starts, ends)
         width = int(lengths.max()) if width is None else width
         device = self.layers[0].window.device
-        # Copies: on the CPU `as_tensor` would share the caller's arrays, which move on before this is used up.
-        at_starts = torch.tensor(starts, device=device)
+        # A copy, in one transfer: on the CPU `as_tensor` would share the caller's arrays, which move on before this is
+        # used up.
+        rows = torch.as_tensor(np.array((slots, starts, lengths)), device=device)
+        at_slots, at_starts, at_lengths = rows.unbind()
+        positions = at_starts[:, None]
         return Extension(
-            slots=torch.tensor(slots, device=device),
+            slots=at_slots,
             starts=at_starts,
-            lengths=torch.tensor(lengths, device=device),
-            positions=at_starts[:, None] + torch.arange(width, device=device),
+            lengths=at_lengths,
+            positions=positions if width == 1 else positions + torch.arange(width, device=device),
             max_end=max_end,
             pages=torch.as_tensor(self.table[slots, : -(-max_end // self.page_tokens)], device=device),
         )
