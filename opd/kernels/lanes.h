@@ -111,26 +111,30 @@ KERNEL static inline T total(typename Lanes<T>::V v) {
   return lanes[0];
 }
 
-// Lane i of the result is the sum of the lanes of v[i].
-template <typename T>
-KERNEL static inline typename Lanes<T>::V totals(typename Lanes<T>::V* v) {
-  using V = typename Lanes<T>::V;
+// Of a pair of vectors, the sums of lanes HALF apart: those of `a` where a lane's number lacks HALF, those of `b` elsewhere.
+// The lanes are constants, or every call would make them anew.
+template <typename T, int HALF, int... LANE>
+KERNEL static inline typename Lanes<T>::V folded(
+    typename Lanes<T>::V a, typename Lanes<T>::V b, std::integer_sequence<int, LANE...>) {
   using I = typename Lanes<T>::I;
+  constexpr int count = sizeof...(LANE);
+  return __builtin_shuffle(a, b, I{(LANE & HALF ? count + (LANE ^ HALF) : LANE)...}) +
+         __builtin_shuffle(a, b, I{(LANE & HALF ? count + LANE : LANE ^ HALF)...});
+}
+
+// Lane i of the result is the sum of the lanes of v[i].
+template <typename T, int HALF = 1>
+KERNEL static inline typename Lanes<T>::V totals(typename Lanes<T>::V* v) {
   constexpr int count = Lanes<T>::count;
-#pragma GCC unroll 8
-  for (int half = 1; half < count; half *= 2) {
-    I first, second;
-    for (int lane = 0; lane < count; ++lane) {
-      first[lane] = lane & half ? count + (lane ^ half) : lane;
-      second[lane] = lane & half ? count + lane : lane ^ half;
-    }
+  if constexpr (HALF == count) {
+    return v[0];
+  } else {
 #pragma GCC unroll 16
-    for (int i = 0; i < count; i += 2 * half) {
-      const V a = v[i], b = v[i + half];
-      v[i] = __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, second);
+    for (int i = 0; i < count; i += 2 * HALF) {
+      v[i] = folded<T, HALF>(v[i], v[i + HALF], std::make_integer_sequence<int, count>());
     }
+    return totals<T, 2 * HALF>(v);
   }
-  return v[0];
 }
 
 // As many floats of as many rows as there are lanes, turned: to[i][row] = from[row][i].
