@@ -35,7 +35,7 @@ at::Tensor decode_attention(const at::Tensor& query, const at::Tensor& own, cons
                             const Maybe& entries, const at::Tensor& sinks, const at::Tensor& slots,
                             const at::Tensor& starts, const at::Tensor& lengths, const at::Tensor& pages,
                             const Maybe& visible, const Maybe& picks, int64_t most_visible) {
-  at::Tensor out = at::empty_like(query);
+  at::Tensor out = empty(query.sizes(), query.options());
   by_type(query, [&](auto zero) {
     using T = decltype(zero);
     const Decoding<T> a{query.const_data_ptr<T>(), own.const_data_ptr<T>(), ring.const_data_ptr<T>(), data<T>(entries),

@@ -247,7 +247,7 @@ at::Tensor fp4_linear(
   }
   TORCH_CHECK_VALUE(counted == num_rows, "sizes sum to ", counted, ", x has ", num_rows, " rows");
 
-  at::Tensor y = at::empty({num_rows, num_features}, x.options());
+  at::Tensor y = empty({num_rows, num_features}, x.options());
   if (num_rows == 0 || num_features == 0) return y;
   Path path = path_named(path_name);
   if (path == Path::avx512_bf16 && !is_bf16) path = Path::avx512;
@@ -278,7 +278,7 @@ at::Tensor fp4_linear(
   const char* inputs = x_bytes;
   at::Tensor buffer;
   if (num_rows > 1 || is_bf16 != in_pairs) {
-    buffer = at::empty({num_rows * row_bytes}, x.options().dtype(at::kByte));
+    buffer = empty({num_rows * row_bytes}, x.options().dtype(at::kByte));
     char* out = static_cast<char*>(buffer.mutable_data_ptr());
     inputs = out;
     const int64_t grain = std::max<int64_t>(1, (MIN_WORK >> 5) / (kernels.max_rows * width));

@@ -99,9 +99,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> collapse_
   const int64_t n = streams.size(0), tokens = streams.size(1), width = streams.size(2), rows = base.size(0);
   TORCH_CHECK(n == 4, "collapse is compiled for 4 streams");
   const auto options = streams.options();
-  at::Tensor collapsed = at::empty({tokens, width}, options), post = at::empty({n, tokens}, options),
-             residual = at::empty({n, n, tokens}, options), mix = at::empty({rows, tokens}, options),
-             inverse = at::empty({tokens}, options);
+  at::Tensor collapsed = empty({tokens, width}, options), post = empty({n, tokens}, options),
+             residual = empty({n, n, tokens}, options), mix = empty({rows, tokens}, options),
+             inverse = empty({tokens}, options);
   by_type(streams, [&](auto zero) {
     using T = decltype(zero);
     const CollapseArguments<T> a{streams.const_data_ptr<T>(), panel.const_data_ptr<T>(), base.const_data_ptr<T>(),
@@ -152,7 +152,7 @@ std::tuple<at::Tensor, at::Tensor> collapse_backward(
 
 at::Tensor expand(const at::Tensor& streams, const at::Tensor& output, const at::Tensor& post,
                   const at::Tensor& residual) {
-  at::Tensor mixed = at::empty_like(streams);
+  at::Tensor mixed = empty(streams.sizes(), streams.options());
   const int64_t tokens = streams.size(1), width = streams.size(2);
   TORCH_CHECK(streams.size(0) == 4, "expand is compiled for 4 streams");
   by_type(streams, [&](auto zero) {
@@ -188,7 +188,7 @@ std::tuple<at::Tensor, at::Tensor> norm(const at::Tensor& x, const std::optional
                                         const std::optional<at::Tensor>& turns, int64_t heads, double eps,
                                         bool normalise, bool back) {
   const int64_t width = x.size(-1), rows = width ? x.numel() / width : 0;
-  at::Tensor y = at::empty_like(x), inverse = at::empty({normalise ? rows : 0}, x.options());
+  at::Tensor y = empty(x.sizes(), x.options()), inverse = empty({normalise ? rows : 0}, x.options());
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
     const NormArguments<T> a{x.const_data_ptr<T>(), data<T>(weight), data<T>(turns), y.mutable_data_ptr<T>(),
@@ -229,7 +229,7 @@ at::Tensor swiglu(const at::Tensor& gate, const std::optional<at::Tensor>& up, d
   const int64_t stride = gate.size(-1), width = up ? stride : stride / 2, rows = gate.numel() / std::max<int64_t>(1, stride);
   auto shape = gate.sizes().vec();
   shape.back() = width;
-  at::Tensor out = at::empty(shape, gate.options());
+  at::Tensor out = empty(shape, gate.options());
   by_type(gate, [&](auto zero) {
     using T = decltype(zero);
     const T* first = gate.const_data_ptr<T>();
@@ -243,7 +243,7 @@ at::Tensor swiglu(const at::Tensor& gate, const std::optional<at::Tensor>& up, d
 std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad, const at::Tensor& gate,
                                                    const std::optional<at::Tensor>& up, double limit) {
   const int64_t stride = gate.size(-1), width = up ? stride : stride / 2, rows = gate.numel() / std::max<int64_t>(1, stride);
-  at::Tensor grad_gate = at::empty_like(gate), grad_up = up ? at::empty_like(*up) : at::empty({0}, gate.options());
+  at::Tensor grad_gate = at::empty_like(gate), grad_up = up ? at::empty_like(*up) : empty({0}, gate.options());
   by_type(gate, [&](auto zero) {
     using T = decltype(zero);
     const T* first = gate.const_data_ptr<T>();
@@ -257,7 +257,7 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad, const
 
 at::Tensor gather(const at::Tensor& x, const at::Tensor& places, const std::optional<at::Tensor>& weights) {
   const int64_t tokens = places.size(0), width = x.size(1);
-  at::Tensor out = at::empty({tokens, width}, x.options());
+  at::Tensor out = empty({tokens, width}, x.options());
   by_type(x, [&](auto zero) {
     using T = decltype(zero);
     const GatherArguments<T> a{x.const_data_ptr<T>(), data<T>(weights), places.const_data_ptr<int64_t>(),
@@ -298,8 +298,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compress_step(
     TORCH_CHECK(length[b] <= tokens, "a row of ", length[b], " tokens among ", tokens, " columns");
     before[b + 1] = before[b] + (start[b] + length[b]) / ratio - start[b] / ratio;
   }
-  at::Tensor rows = at::empty({before[batch]}, slots.options()), blocks = at::empty({before[batch]}, slots.options()),
-             pooled = at::empty({before[batch], width}, kv.options());
+  at::Tensor rows = empty({before[batch]}, slots.options()), blocks = empty({before[batch]}, slots.options()),
+             pooled = empty({before[batch], width}, kv.options());
   by_type(kv, [&](auto zero) {
     using T = decltype(zero);
     T *kept_kv = ring_kv.mutable_data_ptr<T>(), *kept_gate = ring_gate.mutable_data_ptr<T>();
@@ -346,7 +346,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> compress_step(
 // sqrt(log(1 + e^x)), or 1 / (1 + e^-x), of every number by the same instructions wherever it stands: torch's own take
 // others for the last few of a tensor.
 at::Tensor affinity(const at::Tensor& logits, bool is_sigmoid) {
-  at::Tensor out = at::empty_like(logits);
+  at::Tensor out = empty(logits.sizes(), logits.options());
   by_type(logits, [&](auto zero) {
     using T = decltype(zero);
     const T* from = logits.const_data_ptr<T>();
@@ -362,7 +362,7 @@ at::Tensor affinity(const at::Tensor& logits, bool is_sigmoid) {
 // are [N, K], and the copies of each expert [experts].
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_rows(const at::Tensor& chosen, int64_t experts) {
   const int64_t copies = chosen.numel(), per_token = chosen.size(1);
-  at::Tensor source = at::empty({copies}, chosen.options()), places = at::empty_like(chosen),
+  at::Tensor source = empty({copies}, chosen.options()), places = empty(chosen.sizes(), chosen.options()),
              sizes = at::zeros({experts}, chosen.options());
   const int64_t* expert = chosen.const_data_ptr<int64_t>();
   int64_t *from = source.mutable_data_ptr<int64_t>(), *to = places.mutable_data_ptr<int64_t>(),
@@ -381,7 +381,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_rows(const at::Tensor& cho
 }
 
 at::Tensor mxfp4_values(const at::Tensor& x) {
-  at::Tensor out = at::empty_like(x);
+  at::Tensor out = empty(x.sizes(), x.options());
   const float* from = x.const_data_ptr<float>();
   float* to = out.mutable_data_ptr<float>();
   at::parallel_for(0, x.numel() / 32, GRAIN / 32,

@@ -512,7 +512,7 @@ at::Tensor index_pick(const at::Tensor& query, const at::Tensor& weights, const 
       TORCH_CHECK(false, "pool: float, bfloat16 or packed bytes");
   }
   TORCH_CHECK(pool.size(2) == stored && (kind != Rows::packed || width % BLOCK == 0), "pool: rows of another width");
-  at::Tensor picks = at::empty({batch, length, k}, table.options());
+  at::Tensor picks = empty({batch, length, k}, table.options());
   if (batch * length == 0) return picks;
   Work work{};
   work.query = query.const_data_ptr<float>(), work.weights = weights.const_data_ptr<float>();

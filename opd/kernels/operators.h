@@ -1,4 +1,5 @@
-// The operators of this folder, for C++ that makes several of them in a row (`step.cpp`). Each is described where it is.
+// What the sources of this folder share: room for results (`empty.cpp`), and the operators, for C++ that makes several of
+// them in a row (`step.cpp`). Each is described where it is.
 
 #pragma once
 
@@ -11,6 +12,9 @@
 namespace opd {
 
 using Maybe = std::optional<at::Tensor>;
+
+// A tensor of anything, on the CPU.
+at::Tensor empty(at::IntArrayRef shape, const at::TensorOptions& options);
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& weight);
 void products(const at::Tensor& a, const at::Tensor& b, at::Tensor& out, bool add);

@@ -111,7 +111,7 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight_given) {
   const at::Tensor x = x_given.contiguous(), weight = readable(weight_given);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
-  at::Tensor out = at::empty(shape, x.options());
+  at::Tensor out = empty(shape, x.options());
   const int64_t inner = weight.size(1), rows = std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies<>());
   run({x.const_data_ptr<float>(), weight.const_data_ptr<float>(), out.mutable_data_ptr<float>(), rows, weight.size(0),
        inner, inner, 1, weight.stride(1), weight.stride(0), weight.size(0), 1, false});

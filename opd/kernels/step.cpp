@@ -11,7 +11,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/add.h>
 #include <ATen/ops/cat.h>
-#include <ATen/ops/empty.h>
 #include <ATen/ops/index_select.h>
 #include <ATen/ops/minimum.h>
 #include <ATen/ops/mul.h>
@@ -95,7 +94,7 @@ struct Part {
 // opd/model/layers.py has them.
 Tensor turns_at(const Tensor& positions, const Tensor& frequencies, int64_t unit = 1) {
   const int64_t count = positions.numel(), pairs = frequencies.numel();
-  Tensor turns = at::empty({count, pairs, 2}, frequencies.options());
+  Tensor turns = opd::empty({count, pairs, 2}, frequencies.options());
   const int64_t* position = positions.const_data_ptr<int64_t>();
   const float* frequency = frequencies.const_data_ptr<float>();
   float* to = turns.mutable_data_ptr<float>();
@@ -244,13 +243,13 @@ struct Indexer : Compressor {
     }
     const int64_t chosen = rows.size();
     if (chosen == at.batch) return score(at.of(h), at.of(latent), at.of(turns), visible, at.pages, k, count);
-    Tensor picks = at::empty({at.batch, at.tokens, k}, visible.options());
+    Tensor picks = opd::empty({at.batch, at.tokens, k}, visible.options());
     int64_t* to = picks.mutable_data_ptr<int64_t>();
     for (int64_t query = 0; query < at.count(); ++query, to += k) {
       for (int64_t i = 0; i < k; ++i) to[i] = i < sees[query] ? i : -1;
     }
     if (chosen == 0) return picks;
-    Tensor index = at::empty({chosen}, visible.options());
+    Tensor index = opd::empty({chosen}, visible.options());
     std::copy(rows.begin(), rows.end(), index.mutable_data_ptr<int64_t>());
     const auto some = [&](const Tensor& x) { return at::index_select(x, 0, index); };
     const Tensor found = score(some(at.of(h)), some(at.of(latent)), some(at.of(turns)), some(visible), some(at.pages), k,
@@ -310,7 +309,7 @@ struct Stack {
 
   Tensor operator()(const Tensor& x, at::IntArrayRef sizes, const std::string& path) const {
     if (codes.defined()) return opd::fp4_linear(x, codes, scales, sizes, features, path);
-    Tensor out = at::empty({x.size(0), features}, x.options());
+    Tensor out = opd::empty({x.size(0), features}, x.options());
     opd::products_by_rows(x, matrices, sizes, out);
     return out;
   }
@@ -424,7 +423,7 @@ struct Layer {
   Tensor project(const Tensor& mixed, const Tensor& turns) const {
     const Tensor rows = turn(mixed, turns, heads, true).view({mixed.size(0), groups, -1});
     const Tensor matrices = o_a_proj.view({groups, -1, rows.size(2)});
-    Tensor ranks = at::empty({rows.size(0), groups, matrices.size(1)}, rows.options()), turned = ranks.transpose(0, 1);
+    Tensor ranks = opd::empty({rows.size(0), groups, matrices.size(1)}, rows.options()), turned = ranks.transpose(0, 1);
     opd::products(rows.transpose(0, 1), matrices.mT(), turned, false);
     return opd::linear(ranks.view({rows.size(0), -1}), o_b_proj);
   }
@@ -454,8 +453,8 @@ struct Layer {
   Tensor mix(const Tensor& x, const Tensor& token_ids, const std::string& path, const std::vector<Part>& parts,
              int64_t learned) const {
     const Tensor scores = opd::affinity(opd::linear(x, router), is_sigmoid);
-    Tensor chosen = hash ? at::index_select(*hash, 0, token_ids) : at::empty({x.size(0), per_token}, token_ids.options());
-    Tensor weights = at::empty({x.size(0), per_token}, x.options());
+    Tensor chosen = hash ? at::index_select(*hash, 0, token_ids) : opd::empty({x.size(0), per_token}, token_ids.options());
+    Tensor weights = opd::empty({x.size(0), per_token}, x.options());
     route(scores, chosen.mutable_data_ptr<int64_t>(), weights.mutable_data_ptr<float>());
     if (!hash) {
       for (const Part& part : parts) part.keep(chosen, learned);
@@ -525,7 +524,7 @@ struct Step : torch::CustomClassHolder {
     const std::vector<int64_t> cuts = shares(parts);
     const int64_t count = cuts.size() - 1;
     std::vector<double> seconds(count);
-    Tensor out = at::empty({cuts.back(), embedding.size(1)}, embedding.options());
+    Tensor out = opd::empty({cuts.back(), embedding.size(1)}, embedding.options());
     at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
       // Threads of a pool know nothing of the caller's mode; what they make here is seen by nobody else.
       const c10::InferenceMode mode;
@@ -610,7 +609,7 @@ struct Step : torch::CustomClassHolder {
       all_ids.push_back(part.token_ids.reshape({-1})), all_positions.push_back(part.positions.view({-1}));
       count += part.count(), rows += part.batch;
     }
-    Tensor ids = at::cat(all_ids), positions = at::cat(all_positions), last = at::empty({rows}, ids.options());
+    Tensor ids = at::cat(all_ids), positions = at::cat(all_positions), last = opd::empty({rows}, ids.options());
     int64_t* to = last.mutable_data_ptr<int64_t>();
     for (const Part& part : parts) {
       const int64_t* length = part.lengths.const_data_ptr<int64_t>();
