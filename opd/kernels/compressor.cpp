@@ -1,7 +1,7 @@
 // Whole sequences' blocks of tokens become entries: a softmax over gates, channel by channel, in one pass each way.
 //
-// opd/kernels/fused.py joins forward and backward; the equations are those of opd/model/compressor.py. float and double.
-// What a token adds to an entry is the same bits whatever other sequences there are.
+// opd/kernels/fused.py joins forward and backward; the equations are those of opd/model/compressor.py. float and
+// double. What a token adds to an entry is the same bits whatever other sequences there are.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -15,7 +15,8 @@
 
 namespace {
 
-constexpr int64_t PART = 128, PARTS = 64;  // blocks whose part of the bias's gradient is summed before the rest; at most
+constexpr int64_t PART = 128;  // blocks whose part of the bias's gradient is summed before the rest
+constexpr int64_t PARTS = 64;  // at most
 
 // kv, gate [sequences, tokens, series], bias [ratio, series], pooled [sequences, blocks, width]. Where series is twice
 // the width, blocks overlap.
@@ -36,7 +37,8 @@ struct PoolGradients {
 #include "every_vector.h"
 
 template <typename T>
-PoolArguments<T> arguments(const at::Tensor& kv, const at::Tensor& gate, const at::Tensor& bias, bool overlap, T* pooled) {
+PoolArguments<T> arguments(const at::Tensor& kv, const at::Tensor& gate, const at::Tensor& bias, bool overlap,
+                           T* pooled) {
   const int64_t tokens = kv.size(1), series = kv.size(2), ratio = bias.size(0);
   return {kv.const_data_ptr<T>(), gate.const_data_ptr<T>(), bias.const_data_ptr<T>(), pooled, tokens, tokens / ratio,
           ratio, series, overlap ? series / 2 : series};

@@ -45,7 +45,9 @@ KERNEL static void pool(const PoolArguments<T>& a, int64_t begin, int64_t end) {
       const int64_t size = std::min<int64_t>(count, a.width - d);
       const V sum = weigh(of, gate, a.bias, d, size, weights.data());
       V total{};
-      for (int64_t i = 0; i < of.count; ++i) total += load(weights.data() + i * count) * load_some(kv + of.place(i) + d, size);
+      for (int64_t i = 0; i < of.count; ++i) {
+        total += load(weights.data() + i * count) * load_some(kv + of.place(i) + d, size);
+      }
       store_some(a.pooled + number * a.width + d, total / sum, size);
     }
   }

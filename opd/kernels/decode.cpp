@@ -3,8 +3,8 @@
 // A query's keys are pointers into ring, new keys and pages, so a step copies nothing and costs the keys that it sees.
 // One order of additions for a query, whether its token comes alone, in a chunk, or beside other sequences: the same
 // bits in decoding and in prefill. The equations are those of opd/model/sparse.py; training goes through
-// tiled_attention.cpp. The loops are in decode_kernels.h. float and double; every tensor is contiguous, and what fused.py
-// passes has been checked there.
+// tiled_attention.cpp. The loops are in decode_kernels.h. float and double; every tensor is contiguous, and what
+// fused.py passes has been checked there.
 
 #include <ATen/ops/empty_like.h>
 #include <torch/library.h>
@@ -72,8 +72,9 @@ void copy_rows(const std::vector<at::Tensor>& tensors, const at::Tensor& sources
 
 TORCH_LIBRARY_FRAGMENT(opd, library) {
   library.def("copy_rows(Tensor[] tensors, Tensor sources, Tensor destinations) -> ()");
-  library.def("decode_attention(Tensor query, Tensor own, Tensor ring, Tensor? entries, Tensor sinks, Tensor slots, "
-              "Tensor starts, Tensor lengths, Tensor pages, Tensor? visible, Tensor? picks, int most_visible) -> Tensor");
+  library.def(
+      "decode_attention(Tensor query, Tensor own, Tensor ring, Tensor? entries, Tensor sinks, Tensor slots, "
+      "Tensor starts, Tensor lengths, Tensor pages, Tensor? visible, Tensor? picks, int most_visible) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(opd, CPU, library) {

@@ -70,8 +70,8 @@ at::Tensor room(const at::Tensor& x, const at::Tensor& keys, const at::Tensor& p
   return at::empty({2, x.size(0)}, x.options().dtype(at::kInt));
 }
 
-// logits float32 [N, V], keys and positions int64 [N] -> int32 [2, N]: tokens, -1 for a row that holds something that is
-// not finite, and the bits of their log-probabilities at this temperature.
+// logits float32 [N, V], keys and positions int64 [N] -> int32 [2, N]: tokens, -1 for a row that holds something that
+// is not finite, and the bits of their log-probabilities at this temperature.
 at::Tensor draw(const at::Tensor& logits, const at::Tensor& keys, const at::Tensor& positions, double temperature) {
   at::Tensor out = room(logits, keys, positions);
   const int64_t rows = logits.size(0), size = logits.size(1);
@@ -84,8 +84,8 @@ at::Tensor draw(const at::Tensor& logits, const at::Tensor& keys, const at::Tens
   return out;
 }
 
-// The same of the logits hidden [N, D] head [V, D]^T. Threads take rows, not vocabulary, where they can all keep the head
-// in a shared cache.
+// The same of the logits hidden [N, D] head [V, D]^T. Threads take rows, not vocabulary, where they can all keep the
+// head in a shared cache.
 at::Tensor draw_next(const at::Tensor& hidden, const at::Tensor& head, const at::Tensor& keys,
                      const at::Tensor& positions, double temperature) {
   const int64_t rows = hidden.size(0), size = head.size(0);

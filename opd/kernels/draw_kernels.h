@@ -1,7 +1,7 @@
 // The loops of draw.cpp, included after lanes.h and like it once for every kind of vector instructions.
 
-// Weights e^(x - largest) of one row's logits over `temperature`, and their sum in double precision block by block; false
-// if a logit is not finite. `weights` has room for whole blocks.
+// Weights e^(x - largest) of one row's logits over `temperature`, and their sum in double precision block by block;
+// false if a logit is not finite. `weights` has room for whole blocks.
 KERNEL static bool weigh(const float* logits, int64_t size, float temperature, float* weights, double* sums,
                          float& largest) {
   using V = Lanes<float>::V;

@@ -1,7 +1,9 @@
-// Room for what operators return, which mostly lives for an operator or two: freed blocks are kept, by size, for the same
-// thread's next tensors. The C library's aligned allocation takes longer than some of the operators that it is for.
+// Room for what operators return, which mostly lives for an operator or two: freed blocks are kept, by size, for the
+// same thread's next tensors. The C library's aligned allocation takes longer than some of the operators that it is
+// for.
 //
-// What is large is left to torch's own allocator, and what is freed by another thread, or beyond KEPT, to the C library.
+// What is large is left to torch's own allocator, and what is freed by another thread, or beyond KEPT, to the C
+// library.
 
 #include <ATen/EmptyTensor.h>
 #include <c10/core/CPUAllocator.h>
@@ -28,7 +30,9 @@ int class_of(size_t bytes) {
   return shift * STEPS + static_cast<int>(steps) - STEPS;
 }
 
-size_t size_of(int size_class) { return static_cast<size_t>(STEPS + size_class % STEPS) * ALIGNMENT << size_class / STEPS; }
+size_t size_of(int size_class) {
+  return static_cast<size_t>(STEPS + size_class % STEPS) * ALIGNMENT << size_class / STEPS;
+}
 
 struct Shelf {
   std::array<std::vector<void*>, 64> blocks;  // by class

@@ -1,5 +1,6 @@
 // What the model does between its matrix products, on the CPU: hyper-connections, norms with RoPE, SwiGLU, the way to
-// and from rows sorted by expert, a compressor's next token. Each is one pass over memory where a chain of tensor operations takes many.
+// and from rows sorted by expert, a compressor's next token. Each is one pass over memory where a chain of tensor
+// operations takes many.
 //
 // Forward and backward of each are operators without autograd; opd/kernels/fused.py joins them. The loops are in
 // fused_kernels.h, compiled for AVX-512, AVX2 and plain vectors; the best that the processor has is taken at run time.
@@ -122,14 +123,15 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> collapse(
   return collapse_with_panel(streams, mixing_panel(fn), base, scale, norm_eps, hc_eps, iterations);
 }
 
-// Adds to `grad_streams`. Also returns the gradients of fn, in parts that are yet to be summed [parts, rows, n D], and of
-// the logits [rows, N]. Parts are cut by the number of tokens alone.
+// Adds to `grad_streams`. Also returns the gradients of fn, in parts that are yet to be summed [parts, rows, n D], and
+// of the logits [rows, N]. Parts are cut by the number of tokens alone.
 std::tuple<at::Tensor, at::Tensor> collapse_backward(
     at::Tensor grad_streams, const at::Tensor& streams, const at::Tensor& fn, const at::Tensor& base,
     const at::Tensor& scale, const at::Tensor& mix, const at::Tensor& inverse, const at::Tensor& grad_collapsed,
     const at::Tensor& grad_post, const at::Tensor& grad_residual, double hc_eps, int64_t iterations) {
   const int64_t tokens = streams.size(1), width = streams.size(2), rows = fn.size(0);
-  const int64_t size = std::max(PART, width / TOKENS * TOKENS), parts = std::max<int64_t>(1, (tokens + size - 1) / size);
+  const int64_t size = std::max(PART, width / TOKENS * TOKENS),
+                parts = std::max<int64_t>(1, (tokens + size - 1) / size);
   at::Tensor grad_logits = at::empty_like(mix), grad_fn = at::zeros({parts, rows, 4 * width}, fn.options());
   TORCH_CHECK(streams.size(0) == 4, "collapse is compiled for 4 streams");
   by_type(streams, [&](auto zero) {
@@ -226,7 +228,8 @@ std::tuple<at::Tensor, at::Tensor> norm_backward(const at::Tensor& grad, const a
 
 // joint: gate's rows are followed by up's, [R, 2 I]; else gate and up are [R, I] each.
 at::Tensor swiglu(const at::Tensor& gate, const std::optional<at::Tensor>& up, double limit) {
-  const int64_t stride = gate.size(-1), width = up ? stride : stride / 2, rows = gate.numel() / std::max<int64_t>(1, stride);
+  const int64_t stride = gate.size(-1), width = up ? stride : stride / 2,
+                rows = gate.numel() / std::max<int64_t>(1, stride);
   auto shape = gate.sizes().vec();
   shape.back() = width;
   at::Tensor out = empty(shape, gate.options());
@@ -242,7 +245,8 @@ at::Tensor swiglu(const at::Tensor& gate, const std::optional<at::Tensor>& up, d
 
 std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad, const at::Tensor& gate,
                                                    const std::optional<at::Tensor>& up, double limit) {
-  const int64_t stride = gate.size(-1), width = up ? stride : stride / 2, rows = gate.numel() / std::max<int64_t>(1, stride);
+  const int64_t stride = gate.size(-1), width = up ? stride : stride / 2,
+                rows = gate.numel() / std::max<int64_t>(1, stride);
   at::Tensor grad_gate = at::empty_like(gate), grad_up = up ? at::empty_like(*up) : empty({0}, gate.options());
   by_type(gate, [&](auto zero) {
     using T = decltype(zero);
@@ -250,7 +254,8 @@ std::tuple<at::Tensor, at::Tensor> swiglu_backward(const at::Tensor& grad, const
     T* to = grad_gate.mutable_data_ptr<T>();
     const SwigluGradients<T> a{first, up ? up->const_data_ptr<T>() : first + width, grad.const_data_ptr<T>(), to,
                                up ? grad_up.mutable_data_ptr<T>() : to + width, width, stride, T(limit)};
-    over_rows(rows, width * 4, [&](int64_t begin, int64_t end) { WITH_BEST((fast::swiglu_backward<T>(a, begin, end))); });
+    over_rows(rows, width * 4,
+              [&](int64_t begin, int64_t end) { WITH_BEST((fast::swiglu_backward<T>(a, begin, end))); });
   });
   return {grad_gate, grad_up};
 }
@@ -358,8 +363,8 @@ at::Tensor affinity(const at::Tensor& logits, bool is_sigmoid) {
   return out;
 }
 
-// Copies of tokens in the order of their experts, first come first: -> each copy's token [N K], where each token's copies
-// are [N, K], and the copies of each expert [experts].
+// Copies of tokens in the order of their experts, first come first: -> each copy's token [N K], where each token's
+// copies are [N, K], and the copies of each expert [experts].
 std::tuple<at::Tensor, at::Tensor, at::Tensor> expert_rows(const at::Tensor& chosen, int64_t experts) {
   const int64_t copies = chosen.numel(), per_token = chosen.size(1);
   at::Tensor source = empty({copies}, chosen.options()), places = empty(chosen.sizes(), chosen.options()),

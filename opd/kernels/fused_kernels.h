@@ -221,7 +221,8 @@ KERNEL static void round_mxfp4(const float* in, float* out, int64_t begin, int64
 // Softmax over candidates, channel by channel: out[d] = sum_i exp(gate_i[d]) kv_i[d] / sum_i exp(gate_i[d]). `weights`
 // has room for a vector's channels of all candidates.
 template <typename T>
-KERNEL static void pool(const T* const* kv, const T* const* gate, int64_t candidates, int64_t width, T* weights, T* out) {
+KERNEL static void pool(const T* const* kv, const T* const* gate, int64_t candidates, int64_t width, T* weights,
+                        T* out) {
   constexpr int count = Lanes<T>::count;
   for (int64_t d = 0; d < width; d += count) {
     const int64_t size = std::min<int64_t>(count, width - d);

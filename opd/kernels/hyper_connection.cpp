@@ -1,8 +1,8 @@
 // One site's expansion and the next one's collapse as one step, on the CPU, forward and backward.
 //
 // What lies between them, the streams, is the largest thing in the model. A tile of tokens is expanded, and collapsed
-// while it is in the first caches; on the way back its values are computed again and its gradient is never in memory. The
-// loops are those of the two steps by themselves (`fused.cpp`), so the numbers are the same.
+// while it is in the first caches; on the way back its values are computed again and its gradient is never in memory.
+// The loops are those of the two steps by themselves (`fused.cpp`), so the numbers are the same.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
@@ -53,8 +53,9 @@ Tensors expand_collapse(const at::Tensor& streams, const at::Tensor& output, con
   return {mixed, collapsed, next_post, next_residual, mix, inverse};
 }
 
-// grad_mixed, of the streams between, may be absent. -> gradients of streams, output, post and residual; of fn, in parts
-// that are yet to be summed [parts, rows, n D], and of the logits [rows, N]. Parts are cut by the number of tokens alone.
+// grad_mixed, of the streams between, may be absent. -> gradients of streams, output, post and residual; of fn, in
+// parts that are yet to be summed [parts, rows, n D], and of the logits [rows, N]. Parts are cut by the number of
+// tokens alone.
 Tensors expand_collapse_backward(
     const std::optional<at::Tensor>& grad_mixed, const at::Tensor& grad_collapsed, const at::Tensor& grad_next_post,
     const at::Tensor& grad_next_residual, const at::Tensor& streams, const at::Tensor& output, const at::Tensor& post,
@@ -62,7 +63,8 @@ Tensors expand_collapse_backward(
     const at::Tensor& mix, const at::Tensor& inverse, double hc_eps, int64_t iterations) {
   const int64_t tokens = streams.size(1), width = streams.size(2), rows = fn.size(0);
   TORCH_CHECK(streams.size(0) == 4, "expand_collapse is compiled for 4 streams");
-  const int64_t size = std::max(PART, width / TOKENS * TOKENS), parts = std::max<int64_t>(1, (tokens + size - 1) / size);
+  const int64_t size = std::max(PART, width / TOKENS * TOKENS),
+                parts = std::max<int64_t>(1, (tokens + size - 1) / size);
   at::Tensor grad_streams = at::empty_like(streams), grad_output = at::empty_like(output),
              grad_post = at::empty_like(post), grad_residual = at::empty_like(residual),
              grad_fn = at::zeros({parts, rows, 4 * width}, fn.options()), grad_logits = at::empty_like(mix);

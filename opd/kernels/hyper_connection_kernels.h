@@ -74,7 +74,9 @@ KERNEL static void unwind(const Coefficients<T, n>& c, const T* steps, int itera
       const T* kept = steps + step * (n * n + n) * TOKENS + at;
       for (int line = 0; line < n; ++line) {
         V dot = V{};
-        for (int i = 0; i < n; ++i) dot += g[line * across + i * along] * load(kept + (line * across + i * along) * TOKENS);
+        for (int i = 0; i < n; ++i) {
+          dot += g[line * across + i * along] * load(kept + (line * across + i * along) * TOKENS);
+        }
         const V reciprocal = load(kept + (n * n + line) * TOKENS);
         for (int i = 0; i < n; ++i) g[line * across + i * along] = (g[line * across + i * along] - dot) * reciprocal;
       }
@@ -216,9 +218,9 @@ KERNEL static size_t kept_steps(int iterations) {
 // grad_streams = given + what comes through the collapse, and grad_fn += this tile's; `given` may be null, or
 // grad_streams. `next` is what else is read for the tokens that follow.
 template <typename T, int n>
-KERNEL static void collapse_backward_tile(
-    const CollapseGradients<T>& a, int64_t first, int tokens, Tile<const T> streams, Tile<const T> next, Tile<const T> given,
-    Tile<T> grad_streams, T* grad_fn, T* steps) {
+KERNEL static void collapse_backward_tile(const CollapseGradients<T>& a, int64_t first, int tokens,
+                                          Tile<const T> streams, Tile<const T> next, Tile<const T> given,
+                                          Tile<T> grad_streams, T* grad_fn, T* steps) {
   using V = typename Lanes<T>::V;
   constexpr int count = Lanes<T>::count, rows = (2 + n) * n;
   const int64_t N = a.tokens, D = a.width;
@@ -347,8 +349,8 @@ KERNEL static void collapse_backward(const CollapseGradients<T>& a, int64_t begi
   }
 }
 
-// Numbers of each token that are factors of whole rows. They are read anew for every vector, as operands from memory: all
-// in registers, they would be written out and read back.
+// Numbers of each token that are factors of whole rows. They are read anew for every vector, as operands from memory:
+// all in registers, they would be written out and read back.
 template <typename T, int count>
 struct Factors {
   alignas(64) T of[count][TOKENS];
@@ -506,7 +508,7 @@ KERNEL static void expand_backward(const ExpandGradients<T>& a, int64_t begin, i
   if (past) stored_past();
 }
 
-// ---- one site's expansion and the next one's collapse ------------------------------------------------------------------
+// ---- one site's expansion and the next one's collapse ---------------------------------------------------------------
 
 // Room for `streams` tiles that stays in the nearer caches.
 template <typename T, int n>
@@ -550,8 +552,8 @@ KERNEL static void expand_collapse(
 // Of the streams between the sites neither values nor gradients are read or written: the former are expanded again.
 // `given`, the gradient of them that comes from beyond, may be null. Adds to grad_fn.
 template <typename T, int n>
-KERNEL static void expand_collapse_backward(
-    const ExpandGradients<T>& e, const CollapseGradients<T>& c, const T* given, int64_t begin, int64_t end, T* grad_fn) {
+KERNEL static void expand_collapse_backward(const ExpandGradients<T>& e, const CollapseGradients<T>& c, const T* given,
+                                            int64_t begin, int64_t end, T* grad_fn) {
   const int64_t D = e.width, stride = e.tokens * D;
   const ExpandArguments<T> again{e.streams, e.output, e.post, e.residual, nullptr, e.tokens, D};
   const bool past = goes_past<T, n>(e.grad_streams, e.tokens, D);

@@ -297,8 +297,8 @@ void order_floats(const Work& work, int64_t size, Scratch& scratch) {
 }
 
 #ifdef OPD_X86
-// Blocks of packed MXFP4 of eight rows that lie one after the other, whose codes begin `codes` and whose scale is `scale`
-// bytes into each: fours of whole numbers, `OFFSET` added, row beside row, and the scales.
+// Blocks of packed MXFP4 of eight rows that lie one after the other, whose codes begin `codes` and whose scale is
+// `scale` bytes into each: fours of whole numbers, `OFFSET` added, row beside row, and the scales.
 WHOLE inline void order_packed(const char* row, int64_t bytes_each, int64_t codes, int64_t scale, uint8_t* to,
                                float* scales) {
   const auto number = [](int value) { return char(OFFSET + value); };

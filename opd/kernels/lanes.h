@@ -23,8 +23,8 @@ KERNEL static inline void store(T* to, const typename Lanes<T>::V& v) {
   __builtin_memcpy(to, &v, BYTES);
 }
 
-// A store past the caches, which would first read what it overwrites: for results that are read again when other data has
-// long taken their place. `to` must be aligned to a vector, and who reads it waits for `stored_past`.
+// A store past the caches, which would first read what it overwrites: for results that are read again when other data
+// has long taken their place. `to` must be aligned to a vector, and who reads it waits for `stored_past`.
 template <typename T>
 KERNEL static inline void store_past(T* to, const typename Lanes<T>::V& v) {
 #ifdef OPD_X86
@@ -111,8 +111,8 @@ KERNEL static inline T total(typename Lanes<T>::V v) {
   return lanes[0];
 }
 
-// Of a pair of vectors, the sums of lanes HALF apart: those of `a` where a lane's number lacks HALF, those of `b` elsewhere.
-// The lanes are constants, or every call would make them anew.
+// Of a pair of vectors, the sums of lanes HALF apart: those of `a` where a lane's number lacks HALF, those of `b`
+// elsewhere. The lanes are constants, or every call would make them anew.
 template <typename T, int HALF, int... LANE>
 KERNEL static inline typename Lanes<T>::V folded(
     typename Lanes<T>::V a, typename Lanes<T>::V b, std::integer_sequence<int, LANE...>) {

@@ -1,5 +1,5 @@
-// What the sources of this folder share: room for results (`empty.cpp`), and the operators, for C++ that makes several of
-// them in a row (`step.cpp`). Each is described where it is.
+// What the sources of this folder share: room for results (`empty.cpp`), and the operators, for C++ that makes several
+// of them in a row (`step.cpp`). Each is described where it is.
 
 #pragma once
 

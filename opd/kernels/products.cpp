@@ -7,8 +7,8 @@
 //
 // One operand's columns are packed into panels that stay in the second-level cache, the other's rows one panel at a
 // time, and a tile of sums stays in registers from the first to the last element of a block. With few rows the operands
-// change places, so that no large matrix is turned for a handful of them; multiplication commutes, bit for bit. With one
-// to four rows the matrix is read once and never written.
+// change places, so that no large matrix is turned for a handful of them; multiplication commutes, bit for bit. With
+// one to four rows the matrix is read once and never written.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -38,7 +38,9 @@ struct Product {
   bool add;
 };
 
-float* aligned(float* from) { return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(from) + 63) & ~uintptr_t{63}); }
+float* aligned(float* from) {
+  return reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(from) + 63) & ~uintptr_t{63});
+}
 
 #define LOOPS "products_kernels.h"
 #include "every_vector.h"
@@ -112,7 +114,8 @@ at::Tensor linear(const at::Tensor& x_given, const at::Tensor& weight_given) {
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = weight.size(0);
   at::Tensor out = empty(shape, x.options());
-  const int64_t inner = weight.size(1), rows = std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies<>());
+  const int64_t inner = weight.size(1),
+                rows = std::accumulate(shape.begin(), shape.end() - 1, int64_t{1}, std::multiplies<>());
   run({x.const_data_ptr<float>(), weight.const_data_ptr<float>(), out.mutable_data_ptr<float>(), rows, weight.size(0),
        inner, inner, 1, weight.stride(1), weight.stride(0), weight.size(0), 1, false});
   return out;

@@ -3,7 +3,7 @@
 constexpr int LANES = BYTES / sizeof(float);
 // A tile's sums stay in registers: 24 of AVX-512's 32, 12 of the 16 that the others have.
 constexpr int TILE_ROWS = BYTES == 64 ? 12 : 6;
-constexpr int64_t PAGE = 4096;  // bytes from one address to the next with the same place in a first cache, or a fraction
+constexpr int64_t PAGE = 4096;  // bytes from one address to the next with the same place in a first cache, or less
 constexpr int64_t ALIGNMENT = 64 / sizeof(float);  // of `aligned`, whatever the vectors
 using Floats = Lanes<float>::V;
 
@@ -37,7 +37,8 @@ KERNEL static void pack_columns(
           for (int64_t j = 0; j < here && here < LANES; ++j) {
             __builtin_memcpy(some + j * LANES, source + j * column + p, LANES * sizeof(float));
           }
-          transpose(here < LANES ? some : source + p, here < LANES ? LANES : column, target + p * SPAN + v * LANES, SPAN);
+          transpose(here < LANES ? some : source + p, here < LANES ? LANES : column, target + p * SPAN + v * LANES,
+                    SPAN);
         }
         for (int64_t p = whole; p < inner; ++p) {
           for (int j = 0; j < LANES; ++j) target[p * SPAN + v * LANES + j] = j < here ? source[j * column + p] : 0.f;
@@ -52,8 +53,8 @@ KERNEL static void pack_columns(
   }
 }
 
-// Rows of a, by rows [ROWS][DEPTH + 16] where they are contiguous and otherwise [inner][ROWS], zeros in place of missing
-// ones. The gap keeps rows of a power of two out of each other's place in the cache.
+// Rows of a, by rows [ROWS][DEPTH + 16] where they are contiguous and otherwise [inner][ROWS], zeros in place of
+// missing ones. The gap keeps rows of a power of two out of each other's place in the cache.
 template <int ROWS>
 KERNEL static void pack_rows(
     const float* a, int64_t row, int64_t column, int64_t inner, int64_t rows, bool by_rows, float* to) {
@@ -75,12 +76,11 @@ KERNEL static void pack_rows(
   }
 }
 
-// One tile: each sum runs over `inner` in order, in one register, whatever the tile's place in the product. By rows, `a`
-// has them `a_row` apart, three to a pointer, or there would not be enough registers for the pointers.
+// One tile: each sum runs over `inner` in order, in one register, whatever the tile's place in the product. By rows,
+// `a` has them `a_row` apart, three to a pointer, or there would not be enough registers for the pointers.
 template <int VECTORS, bool BY_ROWS>
-KERNEL static inline void tile(
-    const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inner, float* c, int64_t c_row, int64_t c_column,
-    int64_t rows, int64_t columns, bool add) {
+KERNEL static inline void tile(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t inner, float* c,
+                               int64_t c_row, int64_t c_column, int64_t rows, int64_t columns, bool add) {
   constexpr int ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
   const float* threes[ROWS / 3];
 #pragma GCC unroll 8
@@ -138,12 +138,12 @@ KERNEL static inline void tile(
   }
 }
 
-// Row panels first .. last - 1 times some columns of b: spans of them `b_span` apart, with `b_row` from one row of a span
-// to the next, whether they are packed or lie as they are given.
+// Row panels first .. last - 1 times some columns of b: spans of them `b_span` apart, with `b_row` from one row of a
+// span to the next, whether they are packed or lie as they are given.
 template <int VECTORS, bool BY_ROWS>
-KERNEL static void multiply_rows(
-    const Product& product, const float* b, int64_t b_row, int64_t b_span, int64_t inner_start, int64_t inner, int64_t column_start,
-    int64_t columns, bool add, int64_t first, int64_t last) {
+KERNEL static void multiply_rows(const Product& product, const float* b, int64_t b_row, int64_t b_span,
+                                 int64_t inner_start, int64_t inner, int64_t column_start, int64_t columns, bool add,
+                                 int64_t first, int64_t last) {
   constexpr int64_t ROWS = tile_rows<VECTORS>(), SPAN = VECTORS * LANES;
   alignas(64) float own[ROWS * ROW_STRIDE];
   for (int64_t panel = first; panel < last; ++panel) {
@@ -166,13 +166,14 @@ KERNEL static void multiply_rows(
 }
 
 template <int VECTORS>
-static void multiply_rows(
-    const Product& product, const float* b, int64_t b_row, int64_t b_span, int64_t inner_start, int64_t inner, int64_t column_start,
-    int64_t columns, bool add, int64_t first, int64_t last) {
+static void multiply_rows(const Product& product, const float* b, int64_t b_row, int64_t b_span, int64_t inner_start,
+                          int64_t inner, int64_t column_start, int64_t columns, bool add, int64_t first, int64_t last) {
   if (product.a_column == 1) {
-    multiply_rows<VECTORS, true>(product, b, b_row, b_span, inner_start, inner, column_start, columns, add, first, last);
+    multiply_rows<VECTORS, true>(product, b, b_row, b_span, inner_start, inner, column_start, columns, add, first,
+                                 last);
   } else {
-    multiply_rows<VECTORS, false>(product, b, b_row, b_span, inner_start, inner, column_start, columns, add, first, last);
+    multiply_rows<VECTORS, false>(product, b, b_row, b_span, inner_start, inner, column_start, columns, add, first,
+                                  last);
   }
 }
 
@@ -221,7 +222,8 @@ static void multiply_with(const Product& product, bool alone) {
     const int64_t spans = (columns + SPAN - 1) / SPAN;
     for (int64_t start = 0; start < product.inner; start += DEPTH) {
       const int64_t inner = std::min<int64_t>(DEPTH, product.inner - start);
-      if (static_cast<int64_t>(room.size()) < spans * SPAN * inner + ALIGNMENT) room.resize(spans * SPAN * inner + ALIGNMENT);
+      const int64_t size = spans * SPAN * inner + ALIGNMENT;
+      if (static_cast<int64_t>(room.size()) < size) room.resize(size);
       float* packed = aligned(room.data());
       const bool add = product.add || start > 0;
       const auto pack = [&](int64_t first, int64_t last) {
@@ -243,8 +245,8 @@ static void multiply_with(const Product& product, bool alone) {
   }
 }
 
-// One to four rows times columns that lie in memory one after the other: panels first .. last - 1 of LANES columns, turned
-// in registers as they are read. The same sums in the same order as those of a tile.
+// One to four rows times columns that lie in memory one after the other: panels first .. last - 1 of LANES columns,
+// turned in registers as they are read. The same sums in the same order as those of a tile.
 template <int ROWS>
 KERNEL static void multiply_few(const Product& product, int64_t first, int64_t last) {
   alignas(64) float turned[LANES * LANES], part[LANES * LANES];

@@ -2,8 +2,8 @@
 // tensor operations takes ten or more: the sums of opd/softmax.py, and the gradients in the logits.
 //
 // Rows are independent of each other, and a row is summed in one order, so neither threads nor tiles of tokens change a
-// bit. Whoever passes minus infinity gets sums that are not finite, as plain tensor operations would give. float32; every
-// tensor is contiguous. The loops are in softmax_kernels.h.
+// bit. Whoever passes minus infinity gets sums that are not finite, as plain tensor operations would give. float32;
+// every tensor is contiguous. The loops are in softmax_kernels.h.
 
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -58,8 +58,8 @@ void softmax_gradient(const at::Tensor& z, const at::Tensor& top, const at::Tens
   });
 }
 
-// 2^z (slope (z - u - offset) + constant) - 2^u teacher into out, which may be z or u; numbers [6, n]: the tops of z and
-// u, to which they become relative, offset, slope, constant, teacher.
+// 2^z (slope (z - u - offset) + constant) - 2^u teacher into out, which may be z or u; numbers [6, n]: the tops of z
+// and u, to which they become relative, offset, slope, constant, teacher.
 void pair_gradient(
     const at::Tensor& z, const at::Tensor& u, const at::Tensor& numbers, bool with_teacher, at::Tensor out) {
   const int64_t rows = z.size(0), width = z.size(1);

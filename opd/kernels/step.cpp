@@ -38,12 +38,13 @@ using Numbers = c10::Dict<std::string, double>;
 
 constexpr int64_t BLOCK = 32;               // numbers that share a scale in MXFP4
 constexpr int64_t QUERY_NUMBERS = 1 << 21;  // of index queries that exist at a time
-// Threads each take some of the rows through all layers, and never wait for each other, where the weights are few enough
-// to be read by each from a shared cache; otherwise they share every single product. Rows do not depend on each other.
+// Threads each take some of the rows through all layers, and never wait for each other, where the weights are few
+// enough to be read by each from a shared cache; otherwise they share every single product. Rows do not depend on each
+// other.
 constexpr int64_t SMALL = 32 << 20;
 constexpr int64_t LEAST_TOKENS = 8;   // of a share
 constexpr double PATIENCE = .1;       // how much of what a thread was late by changes its next share
-constexpr int64_t MOST_TOKENS = 256;  // of a share of several rows: what lies between two operators fits in a core's cache
+constexpr int64_t MOST_TOKENS = 256;  // of a share of several rows: what operators pass on fits in a core's cache
 
 template <typename Value>
 Value named(const c10::Dict<std::string, Value>& values, const std::string& name) {
@@ -78,7 +79,8 @@ struct Part {
   Part ends(int64_t before) const {
     const Tensor at = at::add(starts, lengths).sub_(1);
     const Tensor position = at.unsqueeze(1);
-    return {token_ids, slots, at, at::ones_like(lengths), position, pages, max_end, {}, batch, 1, before, at::add(position, 1)};
+    const Tensor one = at::ones_like(lengths), seen = at::add(position, 1);
+    return {token_ids, slots, at, one, position, pages, max_end, {}, batch, 1, before, seen};
   }
   // Of the experts of every token of the call, int64 [N, K], this part's become those of `layer` of its record.
   void keep(const Tensor& chosen, int64_t layer) const {
@@ -231,8 +233,8 @@ struct Indexer : Compressor {
         width(q_b_proj.size(0) / heads),
         topk(named(sizes, "topk")) {}
 
-  // int64 [B, T, k]: which of the first `count` entries each query attends to. Of every token: h, latent and turns. A row
-  // that sees no more than `topk` has nothing to choose, and no index queries.
+  // int64 [B, T, k]: which of the first `count` entries each query attends to. Of every token: h, latent and turns. A
+  // row that sees no more than `topk` has nothing to choose, and no index queries.
   Tensor pick(const Tensor& h, const Tensor& latent, const Tensor& turns, const Tensor& visible, int64_t count,
               const Part& at) const {
     const int64_t k = std::min(topk, count);
@@ -252,18 +254,20 @@ struct Indexer : Compressor {
     Tensor index = opd::empty({chosen}, visible.options());
     std::copy(rows.begin(), rows.end(), index.mutable_data_ptr<int64_t>());
     const auto some = [&](const Tensor& x) { return at::index_select(x, 0, index); };
-    const Tensor found = score(some(at.of(h)), some(at.of(latent)), some(at.of(turns)), some(visible), some(at.pages), k,
-                               count);
+    const Tensor found =
+        score(some(at.of(h)), some(at.of(latent)), some(at.of(turns)), some(visible), some(at.pages), k, count);
     const int64_t* from = found.const_data_ptr<int64_t>();
     to = picks.mutable_data_ptr<int64_t>();
-    for (int64_t i = 0; i < chosen; ++i) std::copy_n(from + i * at.tokens * k, at.tokens * k, to + rows[i] * at.tokens * k);
+    const int64_t of_row = at.tokens * k;
+    for (int64_t i = 0; i < chosen; ++i) std::copy_n(from + i * of_row, of_row, to + rows[i] * of_row);
     return picks;
   }
 
   Tensor score(const Tensor& h, const Tensor& latent, const Tensor& turns, const Tensor& visible, const Tensor& pages,
                int64_t k, int64_t count) const {
     const Tensor table = pages.narrow(1, 0, (count + per_page - 1) / per_page).contiguous();
-    const int64_t batch = h.size(0), tokens = h.size(1), step = std::max<int64_t>(1, QUERY_NUMBERS / (batch * heads * width));
+    const int64_t batch = h.size(0), tokens = h.size(1),
+                  step = std::max<int64_t>(1, QUERY_NUMBERS / (batch * heads * width));
     std::vector<Tensor> found;
     for (int64_t begin = 0; begin < tokens; begin += step) {
       const int64_t size = std::min(step, tokens - begin);
@@ -272,7 +276,8 @@ struct Indexer : Compressor {
       const Tensor weights =
           at::mul(opd::linear(some(h), weights_proj), std::pow(static_cast<double>(width * heads), -0.5));
       const Tensor turned = turn(query, some(turns).view({-1, turns.size(2), 2}), heads, false);
-      found.push_back(opd::index_pick(rounded(turned), weights, entries, table, some(visible), k, hadamard.has_value()));
+      found.push_back(
+          opd::index_pick(rounded(turned), weights, entries, table, some(visible), k, hadamard.has_value()));
     }
     return found.size() == 1 ? found[0] : at::cat(found, 1);
   }
@@ -363,7 +368,8 @@ struct Layer {
       compressor.emplace(t, sizes, numbers, prefix, "cache.compressor.", frequencies);
     }
     if (t.contains(inner + "kv_proj.weight")) {
-      indexer.emplace(t, sizes, numbers, inner, frequencies, t.contains("hadamard") ? Maybe(t.at("hadamard")) : Maybe());
+      indexer.emplace(t, sizes, numbers, inner, frequencies,
+                      t.contains("hadamard") ? Maybe(t.at("hadamard")) : Maybe());
     }
     if (t.contains("mlp.gate.tid2eid")) {
       hash = t.at("mlp.gate.tid2eid");
@@ -378,8 +384,8 @@ struct Layer {
             named(numbers, "eps"),                      named(numbers, "hc_eps"),    named(sizes, "hc_iterations")};
   }
 
-  // h [N, D] -> attention's heads [N, H, C] before they are turned back; the cache takes the new tokens in. With `last`,
-  // the places of rows' last tokens among all, nobody asks for the others' heads.
+  // h [N, D] -> attention's heads [N, H, C] before they are turned back; the cache takes the new tokens in. With
+  // `last`, the places of rows' last tokens among all, nobody asks for the others' heads.
   Tensor attend(const Tensor& h, const Tensor& turns, const std::vector<Part>& parts, const Maybe& last) {
     const Tensor keys = norm(opd::linear(h, kv_proj), kv_norm, eps, turns);
     if (compressor) compressor->extend(h, parts);
@@ -428,7 +434,8 @@ struct Layer {
     return opd::linear(ranks.view({rows.size(0), -1}), o_b_proj);
   }
 
-  // Of affinities [N, E] each token's K best with the bias, the best first, unless they are looked up; their affinities.
+  // Of affinities [N, E] each token's K best with the bias, the best first, unless they are looked up; their
+  // affinities.
   void route(const Tensor& scores, int64_t* chosen, float* weights) const {
     const float *score = scores.const_data_ptr<float>(), *added = bias ? bias->const_data_ptr<float>() : nullptr;
     std::vector<float> best(per_token);
@@ -453,7 +460,8 @@ struct Layer {
   Tensor mix(const Tensor& x, const Tensor& token_ids, const std::string& path, const std::vector<Part>& parts,
              int64_t learned) const {
     const Tensor scores = opd::affinity(opd::linear(x, router), is_sigmoid);
-    Tensor chosen = hash ? at::index_select(*hash, 0, token_ids) : opd::empty({x.size(0), per_token}, token_ids.options());
+    Tensor chosen =
+        hash ? at::index_select(*hash, 0, token_ids) : opd::empty({x.size(0), per_token}, token_ids.options());
     Tensor weights = opd::empty({x.size(0), per_token}, x.options());
     route(scores, chosen.mutable_data_ptr<int64_t>(), weights.mutable_data_ptr<float>());
     if (!hash) {

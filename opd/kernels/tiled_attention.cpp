@@ -1,10 +1,11 @@
-// Attention of every query to its own keys, in float32 on the CPU: a window of recent keys, compressed entries (a prefix
-// of them or picked ones), a sink; one key per position serves all heads and is its own value. Forward and backward.
+// Attention of every query to its own keys, in float32 on the CPU: a window of recent keys, compressed entries (a
+// prefix of them or picked ones), a sink; one key per position serves all heads and is its own value. Forward and
+// backward.
 //
 // The one idea: logits never leave the processor's own cache. A tile of queries meets its keys chunk by chunk, carrying
-// largest logit and sum along; the backward computes the weights again from the log of that sum. A chunk is brought into
-// the order of the lanes once for the whole tile, which is what makes long prefixes cheap. A query meets exactly the
-// keys it may see, so hidden ones need not be finite.
+// largest logit and sum along; the backward computes the weights again from the log of that sum. A chunk is brought
+// into the order of the lanes once for the whole tile, which is what makes long prefixes cheap. A query meets exactly
+// the keys it may see, so hidden ones need not be finite.
 //
 // Order of additions is fixed: queries are cut into parts by their number alone, a part has sums of its own for the
 // keys' gradients, and these are added in the order of the parts. Results do not depend on threads.
@@ -40,8 +41,8 @@ struct Chunk {
 #define LOOPS "tiled_attention_kernels.h"
 #include "every_vector.h"
 
-// Who sees what. Recent key past + t is query t's own. Null: first, no column is hidden; entries, there are none; picks,
-// no choice.
+// Who sees what. Recent key past + t is query t's own. Null: first, no column is hidden; entries, there are none;
+// picks, no choice.
 struct Reach {
   const float *recent, *entries;
   const int64_t *first, *visible, *picks;
@@ -290,7 +291,8 @@ TORCH_LIBRARY_FRAGMENT(opd, library) {
       "Tensor? picks, int window, int past) -> (Tensor, Tensor)");
   library.def(
       "tiled_attention_backward(Tensor grad, Tensor query, Tensor recent, Tensor? entries, Tensor log_sums, "
-      "Tensor along, Tensor? first, Tensor? visible, Tensor? picks, int window, int past) -> (Tensor, Tensor, Tensor?)");
+      "Tensor along, Tensor? first, Tensor? visible, Tensor? picks, int window, int past) -> (Tensor, Tensor, "
+      "Tensor?)");
 }
 
 TORCH_LIBRARY_IMPL(opd, CPU, library) {
