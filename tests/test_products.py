@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -272,3 +273,25 @@ def test_any_split_of_sequences_into_calls_gives_the_same_bits(threads: Callable
             for row, (i, size) in enumerate(zip(going, sizes, strict=True)):
                 assert torch.equal(hidden[row, :size], expected[i][at[i] : at[i] + size]), (trial, i, at[i], size)
                 at[i] += size
+
+
+def test_results_keep_their_memory_whichever_thread_frees_them() -> None:
+    """Results take blocks that earlier ones gave back."""
+
+    def work(seed: int) -> list[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(seed)
+        identity, kept = torch.eye(24), list[tuple[Tensor, Tensor]]()
+        for size in torch.randint(0, 3000, (300,), generator=generator).tolist():
+            x = torch.randn(size, 24, generator=generator)
+            kept.append((x, products.linear(x, identity)))
+            if size % 3:
+                kept.pop(size % len(kept))
+        return kept
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            for kept in pool.map(work, range(4)):
+                assert len(kept) > 50
+                for x, y in kept:
+                    assert y.data_ptr() % 64 == 0
+                    assert torch.equal(x, y)
