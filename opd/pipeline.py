@@ -42,12 +42,13 @@ from opd.data import Domain, domain_texts, load_domains
 from opd.evaluate import compare, write_summary
 from opd.health import check_recovery
 from opd.memory import give_back_freed_memory
-from opd.model import check_replay, new_v4
+from opd.model import DeepseekV4, check_replay, new_v4, without_weights
 from opd.progress import check_start
 from opd.report import write_report
 from opd.stop import Stop
 from opd.train import train
 from opd.weights import load_model_config, resolve_checkpoint, save_checkpoint
+from rollout.engine import pages_of
 from teachers.pool import check_teachers
 from teachers.shelf import expected_bytes
 
@@ -139,10 +140,10 @@ def run_base(config: Config, runtime: Runtime, stop: Stop | None = None) -> None
     domains = _examined(load_domains(config, chat), demonstrated=config.stages.base.steps > 0)
     start = config.model.path and _existing(config.model.path, config.model.revision)
     model = None if start or checkpoint else new_v4(config.model, chat.vocab_size, config.seed)
-    if model is not None and config.rollout.routing_replay:  # by later stages, which take long to come
-        check_replay(model.config)
+    if model is not None:  # for later stages, which take long to come
+        _check_rollout(config, model)
     if start is not None:
-        _check_replay(config, start)
+        _check_student(config, start)
     _open_folder(config, "base", checkpoint)
     if is_new and checkpoint is None:
         _save_tokenizer(config, chat)
@@ -161,7 +162,7 @@ def run_specialist(config: Config, runtime: Runtime, domain: str, stop: Stop | N
     sft = _checkpoint(config, os.path.join(folder, "sft"))
     grpo = _checkpoint(config, os.path.join(folder, "grpo")) if sft is not None else None
     start = _existing(base_path(config), config.model.revision, "run `opd base` first, or set model.path")
-    _check_replay(config, start)
+    _check_student(config, start)
     chat = student_chat(config)
     domains = _examined(load_domains(config, chat, [domain]), demonstrated=config.stages.sft.steps > 0)
     _open_folder(config, name, sft)
@@ -239,7 +240,7 @@ def _survey(config: Config) -> tuple[Chat, dict[str, Domain], list[str]]:
     """The student's tokenizer, the domains, and the lines of `check`."""
     routes = teacher_routes(config)
     path = _existing(base_path(config), config.model.revision, "run `opd base` first, or set model.path")
-    _check_replay(config, path)
+    _check_student(config, path)
     chat = student_chat(config)
     vocab_size = int(load_model_config(path, config.model.revision).get_text_config().vocab_size)
     teachers = check_teachers(chat, vocab_size, config.teachers, config.model.max_tokens)
@@ -367,9 +368,24 @@ def _stage(
     )
 
 
-def _check_replay(config: Config, path: str) -> None:
-    if config.rollout.routing_replay:
-        check_replay(load_model_config(path, config.model.revision))
+def _check_student(config: Config, path: str) -> None:
+    """Raises ConfigError for settings that the checkpoint's shape rules out: workers and learner would, but later."""
+    model, published = config.model, load_model_config(path, config.model.revision)
+    if model.family != "deepseek_v4" or published.model_type != model.family:  # whoever loads it says so
+        return
+    if model.max_tokens > published.max_position_embeddings:
+        raise ConfigError(
+            f"model.max_tokens={model.max_tokens} exceeds max_position_embeddings={published.max_position_embeddings} "
+            f"of {path}"
+        )
+    _check_rollout(config, without_weights(model, path))
+
+
+def _check_rollout(config: Config, student: DeepseekV4) -> None:
+    rollout = config.rollout
+    if rollout.routing_replay:
+        check_replay(student.config)
+    pages_of(student, rollout.num_slots, config.model.max_tokens, rollout.cache_bytes)
 
 
 def _tokenizer_path(config: Config) -> str:

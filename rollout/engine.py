@@ -5,8 +5,8 @@ read in chunks along with decoding, in the same call of the model, so that nobod
 seated when the cache has pages for it; when pages run out all the same, the youngest request gives up its slot, keeps
 its tokens, and is read again when there is room. The decoding path is arrays over the active slots: Python touches a
 request when it is seated and when it has ended, not for every token. Results do not depend on slots, pages, chunks or
-the order of requests: on a CPU with compiled kernels in no bit, elsewhere but for floating-point rounding in the
-logits.
+the order of requests: with compiled kernels on a CPU, for a model of four streams in float32, in no bit, elsewhere but
+for floating-point rounding in the logits.
 
 Consumes requests, produces trajectories in the order of the requests, waits for nobody but the log: a token is in it
 before the next one is computed.
@@ -82,7 +82,7 @@ class V4Engine:
 
         `num_pages` of the cache, at least as many as one sequence of `max_tokens` needs; None: enough for all slots.
         `record_routing` keeps the experts of every token that is read, as `Trajectory.routing`. What is read again,
-        after a preemption or from a log, is recorded again: on a CPU the same, and logs need not hold it.
+        after a preemption or from a log, is recorded again, the same where results are, and logs need not hold it.
         """
         device, (vocab_size, width) = model.head.device, model.head.shape
         self.model, self.num_slots, self.max_tokens, self.seed = model.eval(), num_slots, max_tokens, seed

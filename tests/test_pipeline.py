@@ -344,6 +344,23 @@ def test_routing_that_cannot_be_replayed_is_refused_at_the_start(
     assert not (folder / "specialists").exists() and not (folder / "student").exists()
 
 
+def test_what_the_students_shape_rules_out_is_refused_at_the_start(
+    world: World, finished: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by the first worker, after hours of training, nor by the first long completion."""
+    long = ("model.max_tokens=2048", "learner.micro_batch_tokens=4096")
+    own = (f"model.path={finished}/base/hf",)
+    for command, fields in (("quickstart", ()), ("base", ()), ("base", own), ("distill", own), ("check", own)):
+        for setting, message in (
+            (("rollout.cache_bytes=9",), "rollout.cache_bytes=9 is too small: num_slots=64 need "),
+            (long, "model.max_tokens=2048 exceeds "),
+        ):
+            caplog.clear()
+            folder = world.opd(command, "ruled_out", *fields, *setting, status=2)
+            assert message in capsys.readouterr().err + caplog.text
+            assert not folder.exists()
+
+
 # --- a run that is resumed --------------------------------------------------------------------------------------------
 
 SHORT = (

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import DeepseekV4Config
 
@@ -114,6 +115,18 @@ def load_model(model: ModelConfig, path: str | None = None, *, mtp: bool = False
             raise ConfigError(f"{source} holds the tensor {name} that its config.json has no place for")
     built.load_state_dict(tensors)
     return built
+
+
+def without_weights(model: ModelConfig, path: str) -> DeepseekV4:
+    """The DeepSeek-V4 of a checkpoint on the meta device: what its shape allows is known without reading tensors.
+
+    Raises ConfigError as `load_model` does for a config.json that cannot work.
+    """
+    config: Any = load_model_config(path, model.revision)
+    check_v4_config(config)
+    _check_fp4_widths(config, model)
+    with torch.device("meta"):
+        return DeepseekV4(config, model.fp4, model.fp4_index)
 
 
 def _check_fp4_widths(config: DeepseekV4Config, model: ModelConfig) -> None:
