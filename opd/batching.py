@@ -145,7 +145,7 @@ class Batch:
     rows: Tensor  # int64 [N]: row of a loss token, which is the index of its trajectory
     positions: Tensor  # int64 [N]: of the state that predicts it, one before its own
     targets: Tensor  # int64 [N]
-    sampler_logprobs: Tensor  # float32 [N]
+    sampler_logprobs: Tensor  # float32 [N], before truncation
     routing: Tensor  # int16 [B, T, L, K], the trajectories' own, -1 in padding; L = 0 where nothing was recorded
 
     def to(self, device: torch.device | str) -> Batch:
@@ -181,7 +181,7 @@ def collate(trajectories: Sequence[Trajectory], pad_id: int) -> Batch:
     for row, trajectory in enumerate(trajectories):
         end = len(trajectory.token_ids)
         token_ids[row, :end] = torch.as_tensor(trajectory.token_ids.astype("int64"))
-        sampler_logprobs[row, :end] = torch.as_tensor(trajectory.sampler_logprobs.astype("float32"))
+        sampler_logprobs[row, :end] = torch.as_tensor(trajectory.untruncated_sampler_logprobs.astype("float32"))
         counts[row, :end] = torch.as_tensor(trajectory.loss_mask.astype("bool"))
         routing[row, :end] = torch.as_tensor(trajectory.routing.astype("int16"))
     rows, columns = counts.nonzero(as_tuple=True)

@@ -79,11 +79,11 @@ CATALOGUE: dict[str, str] = {
     "teacher/<teacher>/wait_seconds": "the part of it that scoring had to wait for [s]",
     "teacher/<teacher>/entropy_share": "its entropy at probed tokens over that of the uniform distribution, mean [0-1]",
     "teacher/<teacher>/repeat_error": "difference of its log-sum-exps when asked the same twice, largest [nats]",
-    "gap/k1": "mean of log mu - log p on sampled tokens, mu the sampler and p the learner's policy [nats/token]",
+    "gap/k1": "mean of log mu - log p on sampled tokens, mu the sampler before truncation, p the learner [nats/token]",
     "gap/k3": "mean of r - 1 - log r with r = p / mu, never negative [nats/token]",
     "gap/max_logprob_gap": "largest |log p - log mu| of one token [nats]",
     "gap/ess": "effective sample size of the weights r, as a share of the tokens [0-1]",
-    "gap/outside_share": "share of tokens whose r lies outside the correction's bounds [0-1]",
+    "gap/outside_share": "share of tokens whose r lies outside [0.5, 2] [0-1]",
     "gap/mean_ratio": "mean of r = p / mu",
     "gap/rerouted_share": "share of tokens and learned layers at which the learner's router would choose other experts "
     "than the sampler's, which routing replay gives it [0-1]",

@@ -79,6 +79,11 @@ class Trajectory:
     def num_loss_tokens(self) -> int:
         return int(self.loss_mask.sum())
 
+    @property
+    def untruncated_sampler_logprobs(self) -> np.ndarray:
+        """`sampler_logprobs` as they were before ids were cut off, if any were: what a policy's are compared with."""
+        return self.sampler_logprobs
+
 
 def no_routing(num_tokens: int) -> np.ndarray:
     """`routing` of a trajectory of which nothing was recorded."""

@@ -76,6 +76,10 @@ class TruncatedTrajectory(Trajectory):
     kept_counts: np.ndarray  # int32 [T], ids kept at each sampled token; 0 where not sampled
     kept_ids: np.ndarray  # int32 [sum of kept_counts]
 
+    @property
+    def untruncated_sampler_logprobs(self) -> np.ndarray:
+        return self.untruncated_logprobs
+
 
 def check_requests(requests: Sequence[Request], max_tokens: int) -> None:
     """Raises ValueError for an empty prompt, one that leaves no room for a token, and a limit below one token."""

@@ -33,6 +33,7 @@ from transformers import (
 
 import rollout.engine
 from opd.actors import ActorDied, LocalStore, Runtime, open_runtime
+from opd.batching import collate
 from opd.config import (
     Config,
     ConfigError,
@@ -46,6 +47,7 @@ from opd.config import (
     check_config,
 )
 from opd.fp4 import Fp4Linear, dequantize, is_fp4_name, packed_weights
+from opd.losses import sampler_gap, token_logprobs
 from opd.model import HubModel
 from opd.model.cache import Cache
 from opd.model.hub import load_hub_model
@@ -394,6 +396,16 @@ def test_whoever_samples_in_whatever_order_it_is_the_slow_oracle(policy: Deepsee
             assert_is_oracles(produced, hand, sampling, logits_after, list(stop_ids))
             for trajectory in produced:
                 assert_kept_is_oracles(trajectory, sampling, logits_after)
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, TRUNCATED, ALL_CUTS], ids=["sampled", "truncated", "all_cuts"])
+def test_the_learners_gap_is_rounding_whatever_is_cut_off(policy: DeepseekV4, sampling: SamplingConfig) -> None:
+    batch = collate(engine_of(policy, 5).generate(requests_of(2), sampling, 0), 0)
+    with torch.inference_mode():
+        hidden = policy(batch.token_ids, batch.lengths).hidden[batch.rows, batch.positions]
+        policy_logprobs = token_logprobs(hidden, policy.head, batch.targets, temperature=sampling.temperature)[0]
+    gap = sampler_gap(policy_logprobs, batch.sampler_logprobs)
+    assert gap["num_tokens"] > 20 and gap["max_gap"] < 1e-4
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 5, 30])
