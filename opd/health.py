@@ -62,7 +62,7 @@ class Levels:
     ratio_high: float = 2.0
     ess_low: float = 0.3
     gap_kl: float = 0.1  # |k1| and k3, nats/token
-    outside_share: float = 0.1  # of tokens outside the correction's bounds; the level used for masked stale tokens
+    outside_share: float = 0.1  # of tokens outside [0.5, 2]; the level used for masked stale tokens
     gap_jump: float = 10.0  # ours: factor over the recent median of k3 ...
     gap_jump_floor: float = 1e-3  # ... above this many nats/token (rounding alone costs about 2e-4)
 
