@@ -23,7 +23,7 @@ from opd.health import check_recovery
 from opd.types import Actor, Group
 from opd.verifiers import Verdict, verify
 from opd.weights import load_model_config
-from rollout.fleet import Fleet
+from rollout.fleet import PROBES, Fleet
 from rollout.worker import RolloutWorker
 
 log = logging.getLogger(__name__)
@@ -130,7 +130,8 @@ def hire_fleet(
 
     log_dir = None if config.rollout.wal == "none" else os.path.join(config.run.dir, "wal")
     workers = [hire(index) for index in range(config.rollout.num_workers)]
-    return Fleet(workers, config.runtime.timeout_seconds, respawn=hire, log_dir=log_dir)
+    probes = [probe[: model.max_tokens] for probe in PROBES]  # longer ones the model may have no positions for
+    return Fleet(workers, config.runtime.timeout_seconds, respawn=hire, log_dir=log_dir, probes=probes)
 
 
 def compare(

@@ -344,6 +344,14 @@ def test_routing_that_cannot_be_replayed_is_refused_at_the_start(
     assert not (folder / "specialists").exists() and not (folder / "student").exists()
 
 
+def test_a_context_below_the_probes_length_trains(world: World) -> None:
+    narrow = ("model.max_tokens=14", "model.config.max_position_embeddings=14")
+    steps = ("stages.base.steps=1", "stages.sft.steps=1", "stages.grpo.steps=1")
+    world.opd("base", "narrow", *narrow, *steps)
+    folder = world.opd("specialist", "narrow", "domain=copy", *narrow, *steps)
+    assert len(metrics_of(folder / "specialists/copy/grpo")) == 1
+
+
 def test_what_the_students_shape_rules_out_is_refused_at_the_start(
     world: World, finished: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
