@@ -497,6 +497,7 @@ def check_config(config: Config) -> None:
     at_least("eval.samples", config.eval.samples, 0)
     at_least("eval.inline_prompts", config.eval.inline_prompts, 1)
     above("eval.temperature", config.eval.temperature, 0)
+    _check_temperature("eval.temperature", config.eval.temperature)
     one_of("tracking.wandb", config.tracking.wandb, ("offline", "online", "disabled"))
 
 
@@ -747,6 +748,12 @@ def _check_checkpoint(config: Config) -> None:
         )
 
 
+def _check_temperature(key: str, value: float) -> None:
+    """One that is not 0 must leave logits finite, and different."""
+    if value and not 1e-3 <= value <= 1e3:
+        raise ConfigError(f"{key}={value} is not in [0.001, 1000], and not 0 where greedy sampling is meant")
+
+
 def _check_stage(key: str, stage: StageConfig) -> None:
     for setting, lowest in (
         ("steps", 0),
@@ -763,6 +770,7 @@ def _check_stage(key: str, stage: StageConfig) -> None:
     ):
         at_least(f"{key}.{setting}", getattr(stage, setting), lowest)
     within(f"{key}.decay_fraction", stage.decay_fraction, 0, 1)
+    _check_temperature(f"{key}.temperature", stage.temperature)
     if isinstance(stage, GrpoConfig | DistillConfig):
         unset(f"{key}.mtp_weight", stage.mtp_weight, 0.0, "multi-token prediction learns from demonstrations only")
     match stage:

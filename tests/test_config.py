@@ -149,6 +149,8 @@ def test_defaults_are_accepted() -> None:
         ("stages.grpo.correction.veto", float("nan"), "at least 0"),
         ("eval.samples", -1, "at least 0"),
         ("eval.temperature", 0.0, "above 0"),
+        ("eval.temperature", float("inf"), r"eval\.temperature=inf is not in \[0\.001, 1000\]"),
+        ("stages.distill.temperature", 1e-39, r"distill\.temperature=1e-39 is not in \[0\.001, 1000\]"),
         ("eval.inline_prompts", 0, "at least 1"),
         ("tracking.wandb", "yes", "offline, online, disabled"),
     ],
