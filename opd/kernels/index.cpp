@@ -32,7 +32,6 @@ constexpr int64_t QUERIES = 64;       // of a task: how often a chunk that is in
 constexpr int64_t MIN_SPAN = 2048;    // keys of a task, where there are too few queries to occupy all threads
 constexpr int64_t MIN_WORK = 1 << 18; // products of a task's smallest worth
 constexpr int BLOCK = 32;             // channels that share a scale in MXFP4
-constexpr int64_t STRETCH = 32;       // scores that are looked at together: after a while most are too low
 constexpr int OFFSET = 16;            // added to a key's whole numbers: the instruction wants them without a sign
 
 #define LOOPS "index_kernels.h"
@@ -138,9 +137,10 @@ WHOLE inline float whole_block(const uint8_t* codes, uint8_t scale, int8_t* out)
 
 // One query against tiles of keys. whole: [head][width] and keys [tile][width / 4][TILE][4] (with OFFSET); scales of
 // queries [head][width / BLOCK], of keys [tile][width / BLOCK][TILE]; shift [head][width / BLOCK]: what OFFSET costs.
+// weights [head]: of one block the scales are factored out, powers of two, so that the result is the same to the bit.
 struct WholeQuery {
   std::vector<int8_t> whole;
-  std::vector<float> scales;
+  std::vector<float> scales, weights;
   std::vector<int32_t> shift;
 };
 
@@ -173,8 +173,7 @@ WHOLE inline void add_whole_heads(const int8_t* whole, const float* scales, cons
     }
   }
   for (int h = 0; h < HEADS; ++h) {
-    // Of one block the scales are factored out: powers of two, so that the result is the same to the bit.
-    const __m512 weight = _mm512_set1_ps(ONE_BLOCK ? weights[h] * scales[h] : weights[h]);
+    const __m512 weight = _mm512_set1_ps(weights[h]);
     for (int v = 0; v < 2; ++v) {
       totals[v] = _mm512_fmadd_ps(weight, _mm512_max_ps(_mm512_setzero_ps(), sums[h][v]), totals[v]);
     }
@@ -182,8 +181,8 @@ WHOLE inline void add_whole_heads(const int8_t* whole, const float* scales, cons
 }
 
 template <bool ONE_BLOCK>
-WHOLE void whole_score(const WholeQuery& query, int64_t first, const float* weights, const uint8_t* keys,
-                       const float* key_scales, int64_t heads, int64_t width, int64_t tiles, float* out) {
+WHOLE void whole_score(const WholeQuery& query, int64_t first, const uint8_t* keys, const float* key_scales,
+                       int64_t heads, int64_t width, int64_t tiles, float* out) {
   const int64_t blocks = width / BLOCK;
   for (int64_t tile = 0; tile < tiles; ++tile) {
     __m512 totals[2] = {};
@@ -192,8 +191,8 @@ WHOLE void whole_score(const WholeQuery& query, int64_t first, const float* weig
     auto add = [&]<int HEADS>(int64_t h) WHOLE {
       const int64_t row = first + h;
       add_whole_heads<HEADS, ONE_BLOCK>(query.whole.data() + row * width, query.scales.data() + row * blocks,
-                                        query.shift.data() + row * blocks, weights + h, part, part_scales, width,
-                                        totals);
+                                        query.shift.data() + row * blocks, query.weights.data() + row, part,
+                                        part_scales, width, totals);
     };
     int64_t h = 0;
     for (; h + 4 <= heads; h += 4) add.template operator()<4>(h);
@@ -231,15 +230,16 @@ struct Best {
     bar = score_of(ranks[k - 1]);
   }
 
-  // Scores of entries first, first + 1, ...
+  // Scores of entries first, first + 1, ..., at most CHUNK. After a while nearly all are too low.
   void add(const float* scores, int64_t first, int64_t size) {
-    for (int64_t at = 0; at < size; at += STRETCH) {
-      const int64_t end = std::min(size, at + STRETCH);
-      bool any = false;
-      WITH_BEST(any = fast::any_above(scores + at, end - at, bar))
-      if (!any) continue;
-      for (int64_t j = at; j < end; ++j) {
-        if (!(scores[j] > bar)) continue;  // nor NaN
+    uint32_t above[CHUNK / TILE];
+    WITH_BEST(fast::find_above(scores, (size + TILE - 1) / TILE, bar, above))
+    for (int64_t at = 0; at < size; at += TILE) {
+      uint32_t rest = above[at / TILE];
+      if (size - at < TILE) rest &= (1u << (size - at)) - 1;
+      for (; rest; rest &= rest - 1) {
+        const int64_t j = at + __builtin_ctz(rest);
+        if (!(scores[j] > bar)) continue;  // which has risen
         ranks[count++] = rank_of(scores[j], first + j);
         if (count == room) shrink();
       }
@@ -389,16 +389,17 @@ WHOLE void order_whole(const Work& work, int64_t size, Scratch& scratch) {
   }
 }
 
-WholeQuery whole_queries(const Work& work, const float* query, int64_t num_heads) {
+WholeQuery whole_queries(const Work& work, const float* query, const float* weights, int64_t num_heads) {
   const int64_t blocks = work.width / BLOCK;
   WholeQuery out{std::vector<int8_t>(num_heads * work.width), std::vector<float>(num_heads * blocks),
-                 std::vector<int32_t>(num_heads * blocks)};
+                 std::vector<float>(weights, weights + num_heads), std::vector<int32_t>(num_heads * blocks)};
   for (int64_t at = 0; at < num_heads * blocks; ++at) {
     int8_t* whole = out.whole.data() + at * BLOCK;
     out.scales[at] = whole_block(query + at * BLOCK, whole);
     int32_t sum = 0;
     for (int c = 0; c < BLOCK; ++c) sum += whole[c];
     out.shift[at] = -OFFSET * sum;
+    if (blocks == 1) out.weights[at] *= out.scales[at];
   }
   return out;
 }
@@ -417,14 +418,14 @@ void choose(const Work& work, int64_t batch, int64_t begin, int64_t end, int64_t
     best.push_back({.ranks = ranks.data() + (t - begin) * room, .k = work.k, .room = room});
   }
   Scratch scratch{std::vector<const char*>(CHUNK), std::vector<float>(work.width), {}, {}, {}};
-  alignas(64) float scores[CHUNK];
+  alignas(64) float scores[CHUNK] = {};
   const int64_t first_query = batch * work.length + begin;
   const float* query = work.query + first_query * work.heads * work.width;
   const float* weights = work.weights + first_query * work.heads;
 #ifdef OPD_X86
   WholeQuery whole_query;
   if (work.whole) {
-    whole_query = whole_queries(work, query, (end - begin) * work.heads);
+    whole_query = whole_queries(work, query, weights, (end - begin) * work.heads);
     scratch.whole_keys.resize(CHUNK * work.width);
     scratch.key_scales.resize(CHUNK * work.width / BLOCK);
   }
@@ -445,8 +446,8 @@ void choose(const Work& work, int64_t batch, int64_t begin, int64_t end, int64_t
 #ifdef OPD_X86
       if (work.whole) {
         (work.width == BLOCK ? whole_score<true> : whole_score<false>)(
-            whole_query, q * work.heads, weights + q * work.heads, scratch.whole_keys.data(), scratch.key_scales.data(),
-            work.heads, work.width, tiles, scores);
+            whole_query, q * work.heads, scratch.whole_keys.data(), scratch.key_scales.data(), work.heads, work.width,
+            tiles, scores);
       }
 #endif
       if (!work.whole) {

@@ -34,18 +34,23 @@ KERNEL static void score(const float* query, const float* weights, const float* 
   }
 }
 
-// Whether one of the scores is above the bar; NaN is not.
-KERNEL static bool any_above(const float* scores, int64_t size, float bar) {
+// Of the scores of `tiles` tiles, which are above the bar: bit j of above[tile] for the j-th one. NaN is not.
+KERNEL static void find_above(const float* scores, int64_t tiles, float bar, uint32_t* above) {
   using V = Lanes<float>::V;
   constexpr int LANES = Lanes<float>::count;
-  const int64_t whole = size / LANES * LANES;
-  V most = V{} + bar;
-  for (int64_t i = 0; i < whole; i += LANES) {
-    const V x = load(scores + i);
-    most = x > most ? x : most;
+  const V bars = V{} + bar;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    uint32_t bits = 0;
+    for (int i = 0; i < TILE; i += LANES) {
+      const V x = load(scores + tile * TILE + i);
+#if defined(OPD_X86) && BYTES == 64
+      bits |= uint32_t(_mm512_cmp_ps_mask((__m512)x, (__m512)bars, _CMP_GT_OQ)) << i;
+#elif defined(OPD_X86) && BYTES == 32
+      bits |= uint32_t(_mm256_movemask_ps((__m256)(x > bars))) << i;
+#else
+      for (int lane = 0; lane < LANES; ++lane) bits |= uint32_t(x[lane] > bars[lane]) << (i + lane);
+#endif
+    }
+    above[tile] = bits;
   }
-  bool found = false;
-  for (int lane = 0; lane < LANES; ++lane) found |= most[lane] > bar;
-  for (int64_t i = whole; i < size; ++i) found |= scores[i] > bar;
-  return found;
 }
