@@ -302,13 +302,13 @@ void order_floats(const Work& work, int64_t size, Scratch& scratch) {
 WHOLE inline void order_packed(const char* row, int64_t bytes_each, int64_t codes, int64_t scale, uint8_t* to,
                                float* scales) {
   const auto number = [](int value) { return char(OFFSET + value); };
-  const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(
+  const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(
       number(0), number(1), number(2), number(3), number(4), number(6), number(8), number(12), number(0), number(-1),
       number(-2), number(-3), number(-4), number(-6), number(-8), number(-12)));
   // Of a row's four bytes, the first two and the last two, each twice: its low nibble, then its high one.
-  const __m256i first = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13));
-  const __m256i second = _mm256_add_epi8(first, _mm256_set1_epi8(2));
-  const __m256i low = _mm256_set1_epi16(0x000f), high = _mm256_set1_epi16(0x0f00);
+  const __m512i first = _mm512_broadcast_i32x4(_mm_setr_epi8(0, 0, 1, 1, 4, 4, 5, 5, 8, 8, 9, 9, 12, 12, 13, 13));
+  const __m512i second = _mm512_add_epi8(first, _mm512_set1_epi8(2));
+  const __m512i even = _mm512_set1_epi16(0x00ff), low = _mm512_set1_epi8(0x0f);
   __m256i pair[4], eight[4];
   for (int i = 0; i < 4; ++i) {
     pair[i] = _mm256_inserti128_si256(
@@ -326,13 +326,16 @@ WHOLE inline void order_packed(const char* row, int64_t bytes_each, int64_t code
   const __m256i c = _mm256_unpacklo_epi32(pair[2], pair[3]), d = _mm256_unpackhi_epi32(pair[2], pair[3]);
   eight[0] = _mm256_unpacklo_epi64(a, c), eight[1] = _mm256_unpackhi_epi64(a, c);
   eight[2] = _mm256_unpacklo_epi64(b, d), eight[3] = _mm256_unpackhi_epi64(b, d);
-  for (int g = 0; g < 4; ++g) {
+  for (int g = 0; g < 4; g += 2) {
+    const __m512i two = _mm512_inserti64x4(_mm512_castsi256_si512(eight[g]), eight[g + 1], 1);
     for (int half = 0; half < 2; ++half) {
-      const __m256i twice = _mm256_shuffle_epi8(eight[g], half ? second : first);
-      const __m256i nibbles =
-          _mm256_or_si256(_mm256_and_si256(twice, low), _mm256_and_si256(_mm256_srli_epi16(twice, 4), high));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + (2 * g + half) * TILE * 4),
-                          _mm256_shuffle_epi8(table, nibbles));
+      const __m512i twice = _mm512_shuffle_epi8(two, half ? second : first);
+      const __m512i nibbles =  // even bytes as they are, odd ones shifted
+          _mm512_and_si512(_mm512_ternarylogic_epi32(even, twice, _mm512_srli_epi16(twice, 4), 0xca), low);
+      const __m512i numbers = _mm512_shuffle_epi8(table, nibbles);
+      uint8_t* at = to + (2 * g + half) * TILE * 4;
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_castsi512_si256(numbers));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(at + 2 * TILE * 4), _mm512_extracti64x4_epi64(numbers, 1));
     }
   }
 }
