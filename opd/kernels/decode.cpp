@@ -6,7 +6,6 @@
 // tiled_attention.cpp. The loops are in decode_kernels.h. float and double; every tensor is contiguous, and what
 // fused.py passes has been checked there.
 
-#include <ATen/ops/empty_like.h>
 #include <torch/library.h>
 
 #include <cstring>

@@ -4,7 +4,6 @@
 // The noise is output `position` of the SplitMix64 generator that starts at the row's key, as in rollout/sampling.py,
 // whose plain way this is compared with. Rows do not depend on each other. Left out: truncation.
 
-#include <ATen/ops/empty.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/library.h>
 
@@ -67,7 +66,7 @@ void draw_rows(const float* logits, int64_t size, const int64_t* keys, const int
 at::Tensor room(const at::Tensor& x, const at::Tensor& keys, const at::Tensor& positions) {
   TORCH_CHECK(x.scalar_type() == at::kFloat && x.dim() == 2 && x.is_contiguous(), "rows: float [N, ..]");
   TORCH_CHECK(keys.numel() == x.size(0) && positions.numel() == x.size(0), "one key and one position for each row");
-  return at::empty({2, x.size(0)}, x.options().dtype(at::kInt));
+  return opd::empty({2, x.size(0)}, x.options().dtype(at::kInt));
 }
 
 // logits float32 [N, V], keys and positions int64 [N] -> int32 [2, N]: tokens, -1 for a row that holds something that

@@ -6,7 +6,6 @@
 // fused_kernels.h, compiled for AVX-512, AVX2 and plain vectors; the best that the processor has is taken at run time.
 // float and double; every tensor is contiguous, and what fused.py passes has been checked there.
 
-#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>

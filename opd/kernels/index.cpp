@@ -10,7 +10,6 @@
 // MXFP4 (codes, then one scale byte per 32 channels). Where queries and keys are MXFP4 values, products are made in
 // whole numbers: every one of a block of 32 is a multiple of one power of two, by no more than 15, so they are exact.
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <atomic>
@@ -421,7 +420,7 @@ void choose(const Work& work, int64_t batch, int64_t begin, int64_t end, int64_t
     best.push_back({.ranks = ranks.data() + (t - begin) * room, .k = work.k, .room = room});
   }
   Scratch scratch{std::vector<const char*>(CHUNK), std::vector<float>(work.width), {}, {}, {}};
-  alignas(64) float scores[CHUNK] = {};
+  alignas(64) float scores[CHUNK];
   const int64_t first_query = batch * work.length + begin;
   const float* query = work.query + first_query * work.heads * work.width;
   const float* weights = work.weights + first_query * work.heads;

@@ -10,7 +10,6 @@
 // change places, so that no large matrix is turned for a handful of them; multiplication commutes, bit for bit. With
 // one to four rows the matrix is read once and never written.
 
-#include <ATen/ops/empty.h>
 #include <torch/library.h>
 
 #include <functional>

@@ -34,11 +34,15 @@ KERNEL static void pack_columns(
         const int64_t here = std::clamp<int64_t>(columns - v * LANES, 0, LANES);
         alignas(64) float some[LANES * LANES] = {};
         for (int64_t p = 0; p < whole; p += LANES) {
-          for (int64_t j = 0; j < here && here < LANES; ++j) {
-            __builtin_memcpy(some + j * LANES, source + j * column + p, LANES * sizeof(float));
+          const float* block = source + p;
+          int64_t stride = column;
+          if (here < LANES) {
+            for (int64_t j = 0; j < here; ++j) {
+              __builtin_memcpy(some + j * LANES, block + j * stride, LANES * sizeof(float));
+            }
+            block = some, stride = LANES;
           }
-          transpose(here < LANES ? some : source + p, here < LANES ? LANES : column, target + p * SPAN + v * LANES,
-                    SPAN);
+          transpose(block, stride, target + p * SPAN + v * LANES, SPAN);
         }
         for (int64_t p = whole; p < inner; ++p) {
           for (int j = 0; j < LANES; ++j) target[p * SPAN + v * LANES + j] = j < here ? source[j * column + p] : 0.f;

@@ -236,9 +236,10 @@ class Cache:
         if lost.any():
             slot, start = slots[lost][0], starts[lost][0]
             raise ValueError(f"slot {slot} cannot go on at position {start}: it does not hold what comes before")
+        fresh = (starts == 0) & (held >= 0)
         most = int((last - first).sum()) + len(rows)
         if most > len(self.free):
-            self._check_room(slots, starts, first, last)
+            self._check_room(slots, fresh, first, last)
         if most == len(rows) <= len(self.free) and (held < 0).all():
             # Most often rows walk into their next page.
             taken = self.free[: -len(rows) - 1 : -1]
@@ -246,15 +247,14 @@ class Cache:
             self.references[taken] = 1
             self.table[slots, first] = taken
         else:
-            self.release(slots[(starts == 0) & (held >= 0)])
+            self.release(slots[fresh])
             self._take_pages(slots, first, last)
         # Whoever starts at 0 is given pages anew.
         self.own[:, slots] = np.maximum(last * self.page_tokens, 1), (last + 1) * self.page_tokens
 
-    def _check_room(self, slots: np.ndarray, starts: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
-        """A rehearsal of what follows, so that nothing has changed if there are too few pages. Pages given back count,
-        and of the rows that write to one shared page the last holder keeps it."""
-        fresh = (starts == 0) & (self.table[slots, 0] >= 0)
+    def _check_room(self, slots: np.ndarray, fresh: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
+        """A rehearsal of what follows, so that nothing has changed if there are too few pages. Those that `fresh` slots
+        give back count, and of the rows that write to one shared page the last holder keeps it."""
         returned = self.table[slots[fresh]]
         returned = returned[returned >= 0]
         references = self.references - np.bincount(returned, minlength=self.num_pages)
