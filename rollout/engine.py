@@ -291,18 +291,19 @@ class V4Engine:
         while True:
             reading, sizes = self._chunks(run)
             try:
-                fed = [(run.active, np.ones_like(run.active)), (reading, sizes)]
-                parts = [self._part(slots, counts) for slots, counts in fed if len(slots)]
+                # Who decodes goes on; who reads shares its pages with others when it is at the prompt's end.
+                fed = [(run.active, np.ones_like(run.active), self.cache.page_tokens), (reading, sizes, 0)]
+                parts = [self._part(slots, counts, ahead) for slots, counts, ahead in fed if len(slots)]
             except OutOfPages:
                 self._give_way(run)
                 continue
             self.prefilled_tokens += int(sizes.sum())
             return run.active, reading, sizes, parts
 
-    def _part(self, slots: np.ndarray, sizes: np.ndarray) -> Part:
-        """The next `sizes` tokens of each slot, and where they go. Raises OutOfPages."""
+    def _part(self, slots: np.ndarray, sizes: np.ndarray, ahead: int) -> Part:
+        """The next `sizes` tokens of each slot, and where they go; pages are taken `ahead`. Raises OutOfPages."""
         starts = self.ends[slots]
-        at = self.cache.extension(slots, starts, sizes)
+        at = self.cache.extension(slots, starts, sizes, ahead=ahead)
         columns = starts[:, None]
         if at.positions.shape[1] > 1:
             columns = np.minimum(columns + np.arange(at.positions.shape[1]), self.max_tokens - 1)

@@ -72,7 +72,10 @@ struct Part {
   }
   Part rows(int64_t begin, int64_t end) const {
     const auto some = [&](const Tensor& x) { return x.slice(0, begin, end); };
-    return {some(token_ids), some(slots), some(starts), some(lengths), some(positions), some(pages), max_end,
+    const int64_t *start = starts.const_data_ptr<int64_t>(), *length = lengths.const_data_ptr<int64_t>();
+    int64_t most = 0;  // young rows by themselves have nothing to choose from
+    for (int64_t b = begin; b < end; ++b) most = std::max(most, start[b] + length[b]);
+    return {some(token_ids), some(slots), some(starts), some(lengths), some(positions), some(pages), most,
             record.defined() ? some(record) : record};
   }
   // Its rows' last tokens alone, as the call's tokens from `before` on: decoding rows.

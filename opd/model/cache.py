@@ -192,20 +192,22 @@ class Cache:
         starts: Sequence[int] | np.ndarray,
         lengths: Sequence[int] | np.ndarray,
         width: int | None = None,
+        ahead: int = 0,
     ) -> Extension:
         """Where a call of `extend` stands: slot slots[b] goes on at position starts[b] with lengths[b] >= 1 new tokens.
 
         `width` is the padded number of columns, at least the longest row. Takes the pages the new tokens need, and
-        copies a shared one before it is written. A slot that starts at 0 lets go of what it held. Raises ValueError
-        past `max_tokens` and for a slot that does not hold what comes before its start, OutOfPages when there is no
-        page, in each case with nothing changed.
+        copies a shared one before it is written. A slot that starts at 0 lets go of what it held. Whoever takes a page
+        when most are free takes those of the next `ahead` tokens too, and so do all of the call: many a later call then
+        has nothing to take. Raises ValueError past `max_tokens` and for a slot that does not hold what comes before its
+        start, OutOfPages when there is no page, in each case with nothing changed.
         """
         slots, starts, lengths = (np.asarray(values, dtype=np.int64) for values in (slots, starts, lengths))
         ends = starts + lengths
         max_end = int(ends.max())
         if max_end > self.max_tokens:
             raise ValueError(f"a sequence of {max_end} tokens does not fit a cache of {self.max_tokens}")
-        self._reserve(slots, starts, ends)
+        self._reserve(slots, starts, ends, ahead)
         width = int(lengths.max()) if width is None else width
         device = self.layers[0].window.device
         # A copy, in one transfer: on the CPU `as_tensor` would share the caller's arrays, which move on before this is
@@ -222,35 +224,30 @@ class Cache:
             pages=torch.as_tensor(self.table[slots, : -(-max_end // self.page_tokens)], device=device),
         )
 
-    def _reserve(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray) -> None:
+    def _reserve(self, slots: np.ndarray, starts: np.ndarray, ends: np.ndarray, ahead: int) -> None:
         # A decoding step touches nothing here unless a row enters a page or writes to one it shares.
         begin, end = self.own[:, slots]
-        rows = np.flatnonzero((starts < begin) | (ends > end))
-        if not len(rows):
+        outside = (starts < begin) | (ends > end)
+        if not outside.any():
             return
+        if ahead and len(self.free) > self.num_pages // 2 + len(slots) * (2 + ahead // self.page_tokens):
+            ends = np.minimum(ends + ahead, self.max_tokens)
+            outside |= ends > end
+        rows = np.flatnonzero(outside)
         slots, starts, ends = slots[rows], starts[rows], ends[rows]
         first, last = starts // self.page_tokens, (ends - 1) // self.page_tokens
-        held = self.table[slots, first]
         before = self.table[slots, np.maximum(starts - 1, 0) // self.page_tokens]
         lost = (starts > 0) & (before < 0)
         if lost.any():
             slot, start = slots[lost][0], starts[lost][0]
             raise ValueError(f"slot {slot} cannot go on at position {start}: it does not hold what comes before")
-        fresh = (starts == 0) & (held >= 0)
-        most = int((last - first).sum()) + len(rows)
-        if most > len(self.free):
+        fresh = (starts == 0) & (self.table[slots, first] >= 0)
+        if int((last - first).sum()) + len(rows) > len(self.free):
             self._check_room(slots, fresh, first, last)
-        if most == len(rows) <= len(self.free) and (held < 0).all():
-            # Most often rows walk into their next page.
-            taken = self.free[: -len(rows) - 1 : -1]
-            del self.free[-len(rows) :]
-            self.references[taken] = 1
-            self.table[slots, first] = taken
-        else:
-            self.release(slots[fresh])
-            self._take_pages(slots, first, last)
+        self.release(slots[fresh])
+        self._take_pages(slots, first, last)
         # Whoever starts at 0 is given pages anew.
-        self.own[:, slots] = np.maximum(last * self.page_tokens, 1), (last + 1) * self.page_tokens
+        self.own[:, slots] = np.maximum(first * self.page_tokens, 1), (last + 1) * self.page_tokens
 
     def _check_room(self, slots: np.ndarray, fresh: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
         """A rehearsal of what follows, so that nothing has changed if there are too few pages. Those that `fresh` slots
@@ -274,17 +271,26 @@ class Cache:
 
     def _take_pages(self, slots: np.ndarray, first: np.ndarray, last: np.ndarray) -> None:
         """Pages first .. last for every slot, its alone; what is on shared ones is copied."""
+        counts = last - first + 1
+        owners, pages = np.repeat(slots, counts), np.repeat(first - (counts.cumsum() - counts), counts)
+        pages += np.arange(len(pages))
+        held = self.table[owners, pages]
+        empty = np.flatnonzero(held < 0)
+        if len(empty):
+            taken = self.free[: -len(empty) - 1 : -1]
+            del self.free[-len(empty) :]
+            self.references[taken] = 1
+            self.table[owners[empty], pages[empty]] = taken
         copies: list[tuple[int, int]] = []
-        for slot, begin, end in zip(slots.tolist(), first.tolist(), (last + 1).tolist(), strict=True):
-            for page, old in enumerate(self.table[slot, begin:end].tolist(), begin):
-                if old >= 0 and self.references[old] == 1:
-                    continue
-                new = self.free.pop()
-                if old >= 0:
-                    self.references[old] -= 1
-                    copies.append((old, new))
-                self.references[new] = 1
-                self.table[slot, page] = new
+        for at in np.flatnonzero((held >= 0) & (self.references[held] > 1)).tolist():
+            old = held[at]
+            if self.references[old] == 1:  # its last holder keeps it
+                continue
+            new = self.free.pop()
+            self.references[old] -= 1
+            self.references[new] = 1
+            self.table[owners[at], pages[at]] = new
+            copies.append((old, new))
         if copies:
             source, destination = torch.tensor(copies, device=self.layers[0].window.device).T
             copy_rows([tensor for layer in self.layers for tensor in layer.paged()], source, destination)
