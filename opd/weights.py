@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import xxhash
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -360,6 +361,17 @@ def head_hash(weight: torch.Tensor) -> str:
     """sha256 (hexadecimal) over dtype, shape and bytes, by which a hidden state is tied to its own output head."""
     digest = hashlib.sha256()
     _hash_tensor(digest, weight)
+    return digest.hexdigest()
+
+
+def snapshot_hash(snapshot: WeightSnapshot) -> str:
+    """XXH3 (hexadecimal) over names and contents, by which weights are known again: two snapshots of a policy at the
+    same step of the same run are one policy. No defence against a forger; of a publish it takes a small part."""
+    digest = xxhash.xxh3_128()
+    for name, value in snapshot.tensors.items():
+        digest.update(name.encode())
+        for tensor in (value.codes, value.scales) if isinstance(value, Fp4Tensor) else (value,):
+            _hash_tensor(digest, tensor)
     return digest.hexdigest()
 
 

@@ -4,8 +4,9 @@ Consumes prompts, produces groups in the order of the prompts; waits for the slo
 worker, whose prompt cache its samples share. Which worker that is changes nothing: noise belongs to the trajectory.
 
 A worker that dies is replaced under its name. The new one gets the weights that were published last, reads what its
-predecessor logged of the batch and goes on from there; what other workers do or have done is kept. After every publish
-all workers score a few fixed prompts, and one that scores them differently stops the run.
+predecessor logged of the batch and goes on from there; what other workers do or have done is kept. Likewise the first
+batch of a fleet goes on from what the one before it had logged when it ended, if it is the same batch. After every
+publish all workers score a few fixed prompts, and one that scores them differently stops the run.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from opd.actors import ActorDied
 from opd.config import SamplingConfig
 from opd.types import Actor, Future, Group, Prompt, Trajectory
 from rollout.request import Request
-from rollout.wal import LogKey, remove_log
+from rollout.wal import LogKey, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -74,7 +76,7 @@ class Fleet:
         self._logged = [0] * len(self.workers)  # tokens of the present batch at the last death
         for index in range(len(self.workers)):
             if (key := self._log_key(index)) is not None:
-                remove_log(key.path)  # an earlier fleet's, which asks for it no more
+                set_aside(key)
 
     def load(self, snapshot: object, reference: np.ndarray | None = None) -> int:
         """Publishes a snapshot (a store handle) to every worker; returns the version they all hold now.
@@ -141,6 +143,8 @@ class Fleet:
                 if share
             }
         )
+        for key in filter(None, map(self._log_key, range(len(self.workers)))):
+            Path(key.earlier).unlink(missing_ok=True)  # what could be taken up has been
         produced: dict[int, tuple[Trajectory, ...]] = {}
         for worker, answer in answers.items():
             trajectories = iter(answer)

@@ -13,8 +13,10 @@ Two policies decide what a logged token survives. "process": it is handed to the
 outlives the worker, however it dies. "machine": it is on the disk before it counts, and outlives a power failure; that
 costs one flush of the disk per decoding step, which `scripts/bench rollout` measures. Numbers are little-endian.
 
-A log is of one batch; the next batch replaces it. Left out: who writes when (`engine`) and who reads when (`worker`),
-and the experts of routing replay: whoever goes on reads the logged tokens anyway, which records them again.
+A log is of one batch; the next batch replaces it. What a sampler was at when it ended is set aside, and serves the one
+after it for its first batch if that asks the same policy for the same. Left out: who writes when (`engine`) and who
+reads when (`worker`), and the experts of routing replay: whoever goes on reads the logged tokens anyway, which records
+them again.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import logging
 import os
 import struct
 import zlib
@@ -35,6 +38,8 @@ import numpy as np
 from opd.config import SamplingConfig
 from opd.types import FinishReason, VersionSpan
 from rollout.request import NO_SAMPLES, Request, Samples, by_owner, concatenate
+
+logger = logging.getLogger(__name__)
 
 MAGIC = b"OPDWAL1\n"
 HEAD, CHECK = struct.Struct("<IBI"), struct.Struct("<I")
@@ -55,7 +60,12 @@ class LogKey:
     path: str
     run: str  # one sampler's life: no two of them share it, in the same folder or not
     worker: str
-    batch: int  # counts the sampler's calls
+    batch: int  # counts the sampler's calls, from 1
+
+    @property
+    def earlier(self) -> str:
+        """Where the log lies that an earlier sampler left at `path`."""
+        return f"{self.path}.earlier"
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -72,6 +82,7 @@ class LoggedBatch:
     sampled: tuple[Samples, ...]
     reasons: tuple[FinishReason | None, ...]  # None: unfinished
     torn_bytes: int  # at the end of the file, dropped
+    policy: str = ""  # digest of what draws: weights, context, stop tokens
 
     @property
     def num_tokens(self) -> int:
@@ -114,8 +125,10 @@ class Log:
         policy_version: int,
         seed: int,
         durability: Durability,
+        policy: str = "",
     ) -> None:
-        """Begins the log with the requests and what they come with, in place of whatever log is at `key.path`.
+        """Begins the log with the requests and what they come with, in place of whatever log is at `key.path`. `policy`
+        is a digest of what draws, by which `taken_up` knows it again.
 
         An earlier log stays until the new one is complete. Raises LogDamaged for a file there that is no log of ours,
         which is left alone, and RuntimeError naming the file when it cannot be written.
@@ -129,6 +142,7 @@ class Log:
             "worker": key.worker,
             "batch": key.batch,
             "policy_version": policy_version,
+            "policy": policy,
             "seed": seed,
             "sampling": dataclasses.asdict(sampling),
         }
@@ -268,6 +282,30 @@ def read_batch(key: LogKey) -> LoggedBatch | None:
     )
 
 
+def taken_up(
+    key: LogKey, requests: Sequence[Request], sampling: SamplingConfig, *, policy_version: int, seed: int, policy: str
+) -> list[Request]:
+    """The requests with what an earlier sampler's log has of them, if it drew by the same noise from the same policy in
+    the same way: that is what would be drawn now. A log that cannot be used is not, and said to be damaged."""
+    try:
+        found = read_log(key.earlier)
+    except FileNotFoundError:
+        return list(requests)
+    except LogDamaged as error:
+        logger.warning("%s; its tokens are drawn again", error)
+        return list(requests)
+    wanted = (key.worker, policy_version, policy, seed, dataclasses.asdict(sampling))
+    if found is None or (found.worker, found.policy_version, found.policy, found.seed, found.sampling) != wanted:
+        return list(requests)
+    prompts = {request.trajectory_id: request.token_ids for request in found.requests}
+    same = [prompts.get(request.trajectory_id) == request.token_ids for request in requests]
+    resumed = found.resumed([r for r, is_same in zip(requests, same, strict=True) if is_same], sampling, seed)
+    if tokens := sum(len(request.sampled) for request in resumed):
+        logger.warning("%s goes on from %d tokens that an earlier run logged", key.worker, tokens)
+    taken = iter(resumed)
+    return [next(taken) if is_same else request for request, is_same in zip(requests, same, strict=True)]
+
+
 def _frames(data: bytes, path: str | Path) -> tuple[list[tuple[int, int, bytes]], int]:
     """(place in the file, kind, payload) of the complete frames, and the bytes of the incomplete one after them."""
     frames, at, check = [], len(MAGIC), 0
@@ -387,10 +425,13 @@ def _json(payload: bytes, path: str | Path, place: int) -> Any:
         raise LogDamaged(f"{path}: the frame at byte {place} is not the JSON it should be") from error
 
 
-def remove_log(path: str) -> None:
-    """Removes a log, if there is one. Raises LogDamaged for a file that is no log of ours, which is left alone."""
-    _refuse_foreign(path)
-    Path(path).unlink(missing_ok=True)
+def set_aside(key: LogKey) -> None:
+    """Moves the log that an earlier sampler left, if there is one, to where `taken_up` looks for it. Raises LogDamaged
+    for a file that is no log of ours, which is left alone."""
+    _refuse_foreign(key.path)
+    _refuse_foreign(key.earlier)
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        os.replace(key.path, key.earlier)
 
 
 def _refuse_foreign(path: str) -> None:

@@ -16,10 +16,10 @@ from opd.fp4 import pack_weights
 from opd.losses import token_logprobs
 from opd.model import DeepseekV4, check_replay, load_model
 from opd.types import Store, Trajectory, WeightSnapshot
-from opd.weights import apply_snapshot, snapshot_of
+from opd.weights import apply_snapshot, snapshot_hash, snapshot_of
 from rollout.engine import V4Engine, pages_of
 from rollout.request import Request
-from rollout.wal import Log, LogKey, read_batch
+from rollout.wal import Log, LogKey, read_batch, taken_up
 
 if TYPE_CHECKING:
     from rollout.hub_engine import HubEngine
@@ -40,10 +40,10 @@ class RolloutWorker:
     ) -> None:
         """The architecture is that of the checkpoint `model.path`; its weights are not sampled from until a `load`."""
         self.store, self.model_config, self.device = store, model, device
-        self.version = -1  # no weights yet
+        self.version, self.digest = -1, ""  # no weights yet
         self.policy = load_model(model).to(device)
         pack_weights(self.policy, model.fp4)  # FP4 weights are held, and replaced, as packed bytes and nothing else
-        self.wal = rollout.wal
+        self.wal, self.stop_ids = rollout.wal, tuple(sorted(stop_ids))
         self.engine = self._engine(rollout, stop_ids, seed)
 
     def _engine(self, rollout: RolloutConfig, stop_ids: Sequence[int], seed: int) -> V4Engine | HubEngine:
@@ -80,6 +80,8 @@ class RolloutWorker:
     def _apply(self, snapshot: WeightSnapshot) -> int:
         apply_snapshot(self.policy, snapshot)
         self.version = snapshot.policy_version
+        if self.wal != "none":
+            self.digest = f"{snapshot_hash(snapshot)} {self.model_config.max_tokens} {self.stop_ids}"
         return self.version
 
     def generate(
@@ -101,12 +103,14 @@ class RolloutWorker:
             raise ValueError(f"asked to sample under policy version {version}; this worker holds {self.version}")
         if log is None or self.wal == "none":
             return self.engine.generate(requests, sampling, version)
+        durability, seed, digest = "machine" if self.wal == "machine" else "process", self.engine.seed, self.digest
         found = read_batch(log) if resume else None
         if found is not None:
-            requests = found.resumed(requests, sampling, self.engine.seed)
-        durability = "machine" if self.wal == "machine" else "process"
+            requests = found.resumed(requests, sampling, seed)
+        elif log.batch == 1:
+            requests = taken_up(log, requests, sampling, policy_version=version, seed=seed, policy=digest)
         with Log(
-            log, requests, sampling, policy_version=version, seed=self.engine.seed, durability=durability
+            log, requests, sampling, policy_version=version, seed=seed, durability=durability, policy=digest
         ) as writer:
             return self.engine.generate(requests, sampling, version, writer)
 

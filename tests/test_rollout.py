@@ -53,7 +53,7 @@ from opd.model.cache import Cache
 from opd.model.hub import load_hub_model
 from opd.model.step import Extend, Part, stepper
 from opd.model.transformer import DeepseekV4, initialize, v4_config
-from opd.types import Actor, Fp4Tensor, Future, Group, Prompt, Trajectory, VersionSpan
+from opd.types import Actor, Fp4Tensor, Future, Group, Prompt, Trajectory, VersionSpan, WeightSnapshot
 from opd.weights import named_weights, save_checkpoint, snapshot_of
 from rollout.engine import V4Engine, pages_of
 from rollout.fleet import PROBES, Fleet
@@ -1071,6 +1071,66 @@ def test_deaths_between_batches_and_without_a_log(
         lonely.load(snapshot)
 
 
+def test_the_next_fleet_goes_on_from_what_the_last_one_logged(
+    checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run ends in the middle of a batch. The one after it draws what is missing; under other weights, with another
+    sampling or from a damaged log it draws everything."""
+    prompts = [fleet_prompt(index) for index in (3, 0, 5, 2, 6)]
+    snapshot, other = (snapshot_of(v4(seed=seed), 4, "experts") for seed in (11, 12))
+    hotter = dataclasses.replace(SAMPLED, temperature=1.3)
+
+    def fleet_with(weights: WeightSnapshot, folder: Path) -> Fleet:
+        fleet = mortal_fleet(folder, checkpoints[0], 2)
+        fleet.load(weights)
+        return fleet
+
+    def unbroken(weights: WeightSnapshot, sampling: SamplingConfig) -> list[Trajectory]:
+        fleet = fleet_with(weights, tmp_path / "unbroken")
+        return flat(fleet.generate(prompts, 3, sampling, version=4, tag="t"))
+
+    def broken_off(folder: Path) -> int:
+        """Tokens that the logs hold."""
+        deaths = Deaths([4], "after")
+        fleet = fleet_with(snapshot, folder)
+        fleet.respawn = None
+        with monkeypatch.context() as patch:
+            patch.setattr(Log, "append", lambda log, *rest: deaths.append(log, *rest))
+            with pytest.raises(ActorDied):
+                fleet.generate(prompts, 3, SAMPLED, version=4, tag="t")
+        return deaths.tokens
+
+    for name, weights, sampling, flips in (
+        ("same", snapshot, SAMPLED, False),
+        ("other weights", other, SAMPLED, False),
+        ("other sampling", snapshot, hotter, False),
+        ("damaged", snapshot, SAMPLED, True),
+    ):
+        folder = tmp_path / name
+        expected, logged = unbroken(weights, sampling), broken_off(folder)
+        if flips:
+            for log in (folder / "wal").iterdir():
+                data = bytearray(log.read_bytes())
+                data[-30] ^= 4
+                log.write_bytes(data)
+        caplog.clear()
+        fleet, drawn = fleet_with(weights, folder), Deaths([], "after")
+        with monkeypatch.context() as patch:
+            patch.setattr(Log, "append", lambda log, *rest, drawn=drawn: drawn.append(log, *rest))
+            assert_same(flat(fleet.generate(prompts, 3, sampling, version=4, tag="t")), expected)
+        total = sum(t.num_loss_tokens for t in expected)
+        assert logged > 0 and drawn.tokens == (total - logged if name == "same" else total)
+        assert ("tokens that an earlier run logged" in caplog.text) == (name == "same")
+        assert ("was changed" in caplog.text and "drawn again" in caplog.text) == flips
+        assert sorted(os.listdir(folder / "wal")) == ["rollout_worker_0.wal", "rollout_worker_1.wal"]
+        # The next batch asks for the same once more, of whom has delivered it.
+        again = Deaths([], "after")
+        with monkeypatch.context() as patch:
+            patch.setattr(Log, "append", lambda log, *rest, again=again: again.append(log, *rest))
+            assert_same(flat(fleet.generate(prompts, 3, sampling, version=4, tag="t")), expected)
+        assert again.tokens == total
+
+
 def flipped(log: bytes, rng: random.Random) -> bytes:
     place = rng.randrange(len(log))
     return log[:place] + bytes([log[place] ^ 1 << rng.randrange(8)]) + log[place + 1 :]
@@ -1144,7 +1204,7 @@ def test_what_becomes_of_a_log_between_two_lives(
         assert found and fleet.num_deaths == 1
         if message is not None:
             assert path.read_bytes() == found[0]  # evidence stays
-            path.unlink()
+        path.unlink()
     path.write_text("a diary")
     with pytest.raises(LogDamaged, match=r"rollout_worker_0\.wal is in the way"):
         mortal_fleet(tmp_path, checkpoints[0], 1)
