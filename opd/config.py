@@ -792,6 +792,7 @@ def _check_stage(key: str, stage: StageConfig) -> None:
         case DistillConfig():
             _check_loss(key, stage)
             above(f"{key}.kl_temperature", stage.kl_temperature, 0)
+            _check_temperature(f"{key}.kl_temperature", stage.kl_temperature)
             at_least(f"{key}.reference_kl", stage.reference_kl, 0)
             for index, token_id in enumerate(stage.masked_ids):
                 at_least(f"{key}.masked_ids[{index}]", token_id, 0)

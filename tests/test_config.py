@@ -130,6 +130,7 @@ def test_defaults_are_accepted() -> None:
         ("stages.distill.eval_every", -1, "at least 0"),
         ("stages.distill.checkpoint_every", -1, "at least 0"),
         ("stages.distill.kl_temperature", 0.0, "above 0"),
+        ("stages.distill.kl_temperature", float("inf"), r"kl_temperature=inf is not in \[0\.001, 1000\]"),
         ("stages.distill.hidden_dtype", "float16", "bfloat16, float32"),
         ("stages.distill.loss", "kl", "reverse_kl, forward_kl, mixed_kl, .*topk_reverse_kl, .*sampled_reverse_kl, "),
         ("stages.distill.mix", 0.7, "loss=reverse_kl has none; leave it at 0.5"),
