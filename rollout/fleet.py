@@ -4,9 +4,9 @@ Consumes prompts, produces groups in the order of the prompts; waits for the slo
 worker, whose prompt cache its samples share. Which worker that is changes nothing: noise belongs to the trajectory.
 
 A worker that dies is replaced under its name. The new one gets the weights that were published last, reads what its
-predecessor logged of the batch and goes on from there; what other workers do or have done is kept. Likewise the first
-batch of a fleet goes on from what the one before it had logged when it ended, if it is the same batch. After every
-publish all workers score a few fixed prompts, and one that scores them differently stops the run.
+predecessor logged of the batch and goes on from there; what other workers do or have done is kept. Likewise a fleet
+goes on from what the one before it had logged when it ended, once it comes to that batch. After every publish all
+workers score a few fixed prompts, and one that scores them differently stops the run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,7 +27,7 @@ from opd.actors import ActorDied
 from opd.config import SamplingConfig
 from opd.types import Actor, Future, Group, Prompt, Trajectory
 from rollout.request import Request
-from rollout.wal import LogKey, set_aside
+from rollout.wal import LogKey, drop_asides, set_aside
 
 log = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ class Fleet:
             }
         )
         for key in filter(None, map(self._log_key, range(len(self.workers)))):
-            Path(key.earlier).unlink(missing_ok=True)  # what could be taken up has been
+            drop_asides(key, version)
         produced: dict[int, tuple[Trajectory, ...]] = {}
         for worker, answer in answers.items():
             trajectories = iter(answer)

@@ -13,16 +13,16 @@ Two policies decide what a logged token survives. "process": it is handed to the
 outlives the worker, however it dies. "machine": it is on the disk before it counts, and outlives a power failure; that
 costs one flush of the disk per decoding step, which `scripts/bench rollout` measures. Numbers are little-endian.
 
-A log is of one batch; the next batch replaces it. What a sampler was at when it ended is set aside, and serves the one
-after it for its first batch if that asks the same policy for the same. Left out: who writes when (`engine`) and who
-reads when (`worker`), and the experts of routing replay: whoever goes on reads the logged tokens anyway, which records
-them again.
+A log is of one batch; the next batch replaces it. What a sampler was at when it ended is set aside for the one after
+it, which may ask the same policy for the same. Left out: who writes when (`engine`) and who reads when (`worker`), and
+the experts of routing replay: whoever goes on reads the logged tokens anyway, which records them again.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import json
 import logging
 import os
@@ -42,6 +42,7 @@ from rollout.request import NO_SAMPLES, Request, Samples, by_owner, concatenate
 logger = logging.getLogger(__name__)
 
 MAGIC = b"OPDWAL1\n"
+ASIDE = 2  # logs of a worker that wait to be taken up
 HEAD, CHECK = struct.Struct("<IBI"), struct.Struct("<I")
 IDENTITY, REQUESTS, TOKENS, TRUNCATED_TOKENS, ENDS = range(1, 6)
 REASONS: tuple[FinishReason, ...] = ("stop", "length")
@@ -60,12 +61,11 @@ class LogKey:
     path: str
     run: str  # one sampler's life: no two of them share it, in the same folder or not
     worker: str
-    batch: int  # counts the sampler's calls, from 1
+    batch: int  # counts the sampler's calls
 
-    @property
-    def earlier(self) -> str:
-        """Where the log lies that an earlier sampler left at `path`."""
-        return f"{self.path}.earlier"
+    def aside(self, policy_version: int) -> str:
+        """Where the log lies that an earlier sampler left at `path` when it drew under that version."""
+        return f"{self.path}.{policy_version}"
 
 
 @dataclass(slots=True, kw_only=True, frozen=True)
@@ -226,7 +226,7 @@ def read_log(path: str | Path) -> LoggedBatch | None:
     """
     data = Path(path).read_bytes()
     if not data.startswith(MAGIC):
-        if MAGIC.startswith(data):
+        if MAGIC.startswith(data) or not any(data):  # zeros: a machine that went down
             return None
         raise LogDamaged(f"{path} is not a write-ahead log of this program's: it begins with {data[:8]!r}")
     frames, torn_bytes = _frames(data, path)
@@ -235,7 +235,9 @@ def read_log(path: str | Path) -> LoggedBatch | None:
         raise LogDamaged(f"{path}: its first frames are of the kinds {kinds[:2]}; {[IDENTITY, REQUESTS]} are expected")
     if len(frames) < 2:
         return None
-    identity = _json(frames[0][2], path, frames[0][0])
+    identity = {"policy": "", **_json(frames[0][2], path, frames[0][0])}
+    if (expected := {"run", "worker", "batch", "policy_version", "policy", "seed", "sampling"}) != identity.keys():
+        raise LogDamaged(f"{path} says of itself {', '.join(identity)}; {', '.join(sorted(expected))} are expected")
     requests = _requests(frames[1][2], path)
     owners = [np.repeat(np.arange(len(requests)), [len(request.sampled) for request in requests])]
     steps = [request.sampled for request in requests]
@@ -268,10 +270,7 @@ def read_batch(key: LogKey) -> LoggedBatch | None:
 
     Raises LogDamaged for a log of another run or worker, and as `read_log` does.
     """
-    try:
-        found = read_log(key.path)
-    except FileNotFoundError:
-        return None
+    found = _held(key.path)
     if found is None or (found.run, found.worker, found.batch) == (key.run, key.worker, key.batch):
         return found
     if (found.run, found.worker) == (key.run, key.worker) and found.batch < key.batch:
@@ -286,24 +285,29 @@ def taken_up(
     key: LogKey, requests: Sequence[Request], sampling: SamplingConfig, *, policy_version: int, seed: int, policy: str
 ) -> list[Request]:
     """The requests with what an earlier sampler's log has of them, if it drew by the same noise from the same policy in
-    the same way: that is what would be drawn now. A log that cannot be used is not, and said to be damaged."""
+    the same way: that is what would be drawn now. A log that cannot be read is said to be so, and not used."""
     try:
-        found = read_log(key.earlier)
-    except FileNotFoundError:
-        return list(requests)
-    except LogDamaged as error:
+        found = _held(key.aside(policy_version))
+    except (LogDamaged, OSError) as error:
         logger.warning("%s; its tokens are drawn again", error)
         return list(requests)
     wanted = (key.worker, policy_version, policy, seed, dataclasses.asdict(sampling))
     if found is None or (found.worker, found.policy_version, found.policy, found.seed, found.sampling) != wanted:
         return list(requests)
-    prompts = {request.trajectory_id: request.token_ids for request in found.requests}
-    same = [prompts.get(request.trajectory_id) == request.token_ids for request in requests]
-    resumed = found.resumed([r for r, is_same in zip(requests, same, strict=True) if is_same], sampling, seed)
-    if tokens := sum(len(request.sampled) for request in resumed):
+    logged = {
+        (request.trajectory_id, request.token_ids, request.max_new_tokens): len(samples)
+        for request, samples in zip(found.requests, found.sampled, strict=True)
+    }
+    chosen = [
+        index
+        for index, request in enumerate(requests)
+        if logged.get((request.trajectory_id, request.token_ids, request.max_new_tokens), 0) > len(request.sampled)
+    ]
+    taken = dict(zip(chosen, found.resumed([requests[index] for index in chosen], sampling, seed), strict=True))
+    if taken:
+        tokens = sum(len(request.sampled) for request in taken.values())
         logger.warning("%s goes on from %d tokens that an earlier run logged", key.worker, tokens)
-    taken = iter(resumed)
-    return [next(taken) if is_same else request for request, is_same in zip(requests, same, strict=True)]
+    return [taken.get(index, request) for index, request in enumerate(requests)]
 
 
 def _frames(data: bytes, path: str | Path) -> tuple[list[tuple[int, int, bytes]], int]:
@@ -426,12 +430,54 @@ def _json(payload: bytes, path: str | Path, place: int) -> Any:
 
 
 def set_aside(key: LogKey) -> None:
-    """Moves the log that an earlier sampler left, if there is one, to where `taken_up` looks for it. Raises LogDamaged
-    for a file that is no log of ours, which is left alone."""
+    """Moves the log that an earlier sampler left, if there is one that holds a token, to where `taken_up` looks for it.
+
+    The last ASIDE of them stay, each of its version; of two of one policy, the one with more tokens. One that was
+    changed goes to `<path>.damaged`. Raises LogDamaged for a file that is no log of ours, which is left alone.
+    """
     _refuse_foreign(key.path)
-    _refuse_foreign(key.earlier)
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        os.replace(key.path, key.earlier)
+    try:
+        found = _held(key.path)
+    except LogDamaged as error:
+        logger.warning("%s; it is kept as %s.damaged", error, key.path)
+        os.replace(key.path, f"{key.path}.damaged")
+        return
+    if found is None or not found.num_tokens:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.unlink(key.path)
+        return
+    place = key.aside(found.policy_version)
+    try:
+        other = _held(place)
+    except (LogDamaged, OSError):
+        other = None
+    if other is not None and other.policy == found.policy and other.num_tokens > found.num_tokens:
+        os.unlink(key.path)
+    else:
+        os.replace(key.path, place)
+    for _, path in sorted(((os.path.getmtime(path), path) for _, path in _asides(key)), reverse=True)[ASIDE:]:
+        os.unlink(path)
+
+
+def drop_asides(key: LogKey, policy_version: int) -> None:
+    """Removes logs that were set aside, of this version and older ones: nobody asks for them any more."""
+    for version, path in _asides(key):
+        if version <= policy_version:
+            os.unlink(path)
+
+
+def _asides(key: LogKey) -> list[tuple[int, str]]:
+    """Logs that were set aside, with their versions."""
+    found = glob.glob(f"{glob.escape(key.path)}.*")
+    return [(int(end), path) for path in found if (end := path.removeprefix(f"{key.path}.")).isdecimal()]
+
+
+def _held(path: str) -> LoggedBatch | None:
+    """As `read_log`, and None where there is no file."""
+    try:
+        return read_log(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def _refuse_foreign(path: str) -> None:
@@ -440,8 +486,12 @@ def _refuse_foreign(path: str) -> None:
             begin = file.read(len(MAGIC))
     except (FileNotFoundError, NotADirectoryError):
         return
-    if not MAGIC.startswith(begin):
-        raise LogDamaged(f"{path} is in the way: it is not a write-ahead log of this program's, and is left alone")
+    except OSError as error:
+        raise LogDamaged(f"{path} is in the way: {error.strerror}") from error
+    if not MAGIC.startswith(begin) and any(Path(path).read_bytes()):  # zeros: a machine that went down
+        raise LogDamaged(
+            f"{path} is in the way: it is not a write-ahead log of this program's, and is left alone; move it away"
+        )
 
 
 def _flush_folder(path: str) -> None:

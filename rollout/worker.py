@@ -5,7 +5,10 @@ Knows nothing of Ray. Weights come as snapshots through the run's store, so that
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -40,10 +43,11 @@ class RolloutWorker:
     ) -> None:
         """The architecture is that of the checkpoint `model.path`; its weights are not sampled from until a `load`."""
         self.store, self.model_config, self.device = store, model, device
-        self.version, self.digest = -1, ""  # no weights yet
+        self.version = -1  # no weights yet
+        self.digest = ""  # of all that draws: weights, architecture, stop tokens
         self.policy = load_model(model).to(device)
         pack_weights(self.policy, model.fp4)  # FP4 weights are held, and replaced, as packed bytes and nothing else
-        self.wal, self.stop_ids = rollout.wal, tuple(sorted(stop_ids))
+        self.wal, self.stop_ids = rollout.wal, tuple(stop_ids)
         self.engine = self._engine(rollout, stop_ids, seed)
 
     def _engine(self, rollout: RolloutConfig, stop_ids: Sequence[int], seed: int) -> V4Engine | HubEngine:
@@ -81,8 +85,17 @@ class RolloutWorker:
         apply_snapshot(self.policy, snapshot)
         self.version = snapshot.policy_version
         if self.wal != "none":
-            self.digest = f"{snapshot_hash(snapshot)} {self.model_config.max_tokens} {self.stop_ids}"
+            self.digest = f"{snapshot_hash(snapshot)} {self._settings_hash()}"
         return self.version
+
+    def _settings_hash(self) -> str:
+        """Of what the text depends on besides weights and noise; not of where the architecture was read."""
+        own = asdict(replace(self.model_config, path=None, revision=None, tokenizer=None))
+        architecture = self.policy.config.to_dict()
+        for name in ("_name_or_path", "transformers_version"):
+            architecture.pop(name, None)
+        text = json.dumps([own, architecture, sorted(self.stop_ids)], sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def generate(
         self,
@@ -107,7 +120,7 @@ class RolloutWorker:
         found = read_batch(log) if resume else None
         if found is not None:
             requests = found.resumed(requests, sampling, seed)
-        elif log.batch == 1:
+        else:
             requests = taken_up(log, requests, sampling, policy_version=version, seed=seed, policy=digest)
         with Log(
             log, requests, sampling, policy_version=version, seed=seed, durability=durability, policy=digest

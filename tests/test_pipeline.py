@@ -407,7 +407,7 @@ def short(world: World) -> Path:
     return world.opd("quickstart", "short", *SHORT)
 
 
-@pytest.mark.parametrize("at", [15, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4, 7, 9, 16, 20))])
+@pytest.mark.parametrize("at", [15, 20, *(pytest.param(at, marks=pytest.mark.slow) for at in (1, 4, 7, 9, 16))])
 def test_a_quickstart_goes_on_wherever_it_was_cut_short(
     at: int, world: World, short: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -415,8 +415,8 @@ def test_a_quickstart_goes_on_wherever_it_was_cut_short(
     cut_short(world, run, at)
     caplog.clear()
     folder = world.opd("quickstart", run, *SHORT, "resume=auto")
-    if at == 15:  # a first step of GRPO, whose samples were drawn and logged
-        assert "tokens that an earlier run logged" in caplog.text
+    if at in (15, 20):  # first step of GRPO, and the second of distillation after a checkpoint: drawn and logged
+        assert caplog.text.count("tokens that an earlier run logged") == 1
     for part in PARTS:
         assert checkpoint_hash(folder / part / "hf") == checkpoint_hash(short / part / "hf"), part
         for line, expected in zip(metrics_of(folder / part), metrics_of(short / part), strict=True):

@@ -998,12 +998,21 @@ class Deaths:
 LOG_APPEND = Log.append
 
 
-def mortal_fleet(folder: Path, path: str, num_workers: int, wal: str = "process", log_dir: str | None = "wal") -> Fleet:
+def mortal_fleet(
+    folder: Path,
+    path: str,
+    num_workers: int,
+    *,
+    wal: str = "process",
+    log_dir: str | None = "wal",
+    stop_ids: Sequence[int] = (STOP,),
+    **of_model: Any,
+) -> Fleet:
     settings = RolloutConfig(num_slots=6, wal=wal)
-    model = ModelConfig(path=path, max_tokens=MAX_TOKENS)
+    model = ModelConfig(path=path, **{"max_tokens": MAX_TOKENS, **of_model})
 
     def hire(index: int) -> Mortal:
-        worker = RolloutWorker(model, settings, LocalStore(), stop_ids=[STOP], seed=SEED, device="cpu")
+        worker = RolloutWorker(model, settings, LocalStore(), stop_ids=stop_ids, seed=SEED, device="cpu")
         return Mortal(f"rollout worker {index}", worker)
 
     workers = [hire(index) for index in range(num_workers)]
@@ -1071,64 +1080,111 @@ def test_deaths_between_batches_and_without_a_log(
         lonely.load(snapshot)
 
 
+def broken_off(fleet: Fleet, prompts: Sequence[Prompt], steps: int, **asked: Any) -> int:
+    """Ends a fleet with its first worker's death after so many steps; the tokens that its logs hold then."""
+    deaths = Deaths([steps], "after")
+    fleet.respawn = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "append", lambda log, *rest: deaths.append(log, *rest))
+        with pytest.raises(ActorDied):
+            fleet.generate(prompts, 3, SAMPLED, **asked)
+    return deaths.tokens
+
+
+def counted(fleet: Fleet, prompts: Sequence[Prompt], sampling: SamplingConfig, **asked: Any) -> tuple[Any, int]:
+    """Trajectories, and how many of their tokens were drawn for them."""
+    drawn = Deaths([], "after")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "append", lambda log, *rest: drawn.append(log, *rest))
+        return flat(fleet.generate(prompts, 3, sampling, **asked)), drawn.tokens
+
+
 def test_the_next_fleet_goes_on_from_what_the_last_one_logged(
-    checkpoints: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    checkpoints: tuple[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A run ends in the middle of a batch. The one after it draws what is missing; under other weights, with another
-    sampling or from a damaged log it draws everything."""
+    sampling, prompt or architecture, or from a damaged log, it draws everything."""
     prompts = [fleet_prompt(index) for index in (3, 0, 5, 2, 6)]
+    changed = [*prompts[:4], dataclasses.replace(prompts[4], token_ids=(3, 4, 5))]
     snapshot, other = (snapshot_of(v4(seed=seed), 4, "experts") for seed in (11, 12))
     hotter = dataclasses.replace(SAMPLED, temperature=1.3)
+    shorter = dataclasses.replace(SAMPLED, max_new_tokens=5)
+    asked: dict[str, Any] = {"version": 4, "tag": "t"}
 
-    def fleet_with(weights: WeightSnapshot, folder: Path) -> Fleet:
-        fleet = mortal_fleet(folder, checkpoints[0], 2)
+    def fleet_with(weights: WeightSnapshot, folder: Path, **settings: Any) -> Fleet:
+        fleet = mortal_fleet(folder, checkpoints[0], 2, **settings)
         fleet.load(weights)
         return fleet
 
-    def unbroken(weights: WeightSnapshot, sampling: SamplingConfig) -> list[Trajectory]:
-        fleet = fleet_with(weights, tmp_path / "unbroken")
-        return flat(fleet.generate(prompts, 3, sampling, version=4, tag="t"))
-
-    def broken_off(folder: Path) -> int:
-        """Tokens that the logs hold."""
-        deaths = Deaths([4], "after")
-        fleet = fleet_with(snapshot, folder)
-        fleet.respawn = None
-        with monkeypatch.context() as patch:
-            patch.setattr(Log, "append", lambda log, *rest: deaths.append(log, *rest))
-            with pytest.raises(ActorDied):
-                fleet.generate(prompts, 3, SAMPLED, version=4, tag="t")
-        return deaths.tokens
-
-    for name, weights, sampling, flips in (
-        ("same", snapshot, SAMPLED, False),
-        ("other weights", other, SAMPLED, False),
-        ("other sampling", snapshot, hotter, False),
-        ("damaged", snapshot, SAMPLED, True),
+    for name, weights, sampling, of, settings in (
+        ("same", snapshot, SAMPLED, prompts, {}),
+        ("other weights", other, SAMPLED, prompts, {}),
+        ("hotter", snapshot, hotter, prompts, {}),
+        ("shorter", snapshot, shorter, prompts, {}),
+        ("changed", snapshot, SAMPLED, changed, {}),
+        ("stop", snapshot, SAMPLED, prompts, {"stop_ids": (STOP, 7)}),
+        ("context", snapshot, SAMPLED, prompts, {"max_tokens": MAX_TOKENS - 8}),
+        ("unpacked", snapshot, SAMPLED, prompts, {"fp4": "none"}),
+        ("damaged", snapshot, SAMPLED, prompts, {}),
     ):
         folder = tmp_path / name
-        expected, logged = unbroken(weights, sampling), broken_off(folder)
-        if flips:
+        expected, total = counted(fleet_with(weights, folder / "unbroken", **settings), of, sampling, **asked)
+        logged = broken_off(fleet_with(snapshot, folder), prompts, 4, **asked)
+        if name == "damaged":
             for log in (folder / "wal").iterdir():
                 data = bytearray(log.read_bytes())
                 data[-30] ^= 4
                 log.write_bytes(data)
         caplog.clear()
-        fleet, drawn = fleet_with(weights, folder), Deaths([], "after")
-        with monkeypatch.context() as patch:
-            patch.setattr(Log, "append", lambda log, *rest, drawn=drawn: drawn.append(log, *rest))
-            assert_same(flat(fleet.generate(prompts, 3, sampling, version=4, tag="t")), expected)
-        total = sum(t.num_loss_tokens for t in expected)
-        assert logged > 0 and drawn.tokens == (total - logged if name == "same" else total)
-        assert ("tokens that an earlier run logged" in caplog.text) == (name == "same")
-        assert ("was changed" in caplog.text and "drawn again" in caplog.text) == flips
-        assert sorted(os.listdir(folder / "wal")) == ["rollout_worker_0.wal", "rollout_worker_1.wal"]
+        fleet = fleet_with(weights, folder, **settings)
+        found, drawn = counted(fleet, of, sampling, **asked)
+        assert_same(found, expected)
+        if name == "changed":
+            assert total - logged < drawn < total
+        else:
+            assert logged > 0 and drawn == (total - logged if name == "same" else total)
+        assert ("tokens that an earlier run logged" in caplog.text) == (name in ("same", "changed"))
+        assert ("was changed" in caplog.text) == (name == "damaged")
+        names = [f"rollout_worker_{index}.wal" for index in range(2)]
+        kept = [f"{name}.damaged" for name in names] if name == "damaged" else []
+        assert sorted(os.listdir(folder / "wal")) == sorted(names + kept)
         # The next batch asks for the same once more, of whom has delivered it.
-        again = Deaths([], "after")
-        with monkeypatch.context() as patch:
-            patch.setattr(Log, "append", lambda log, *rest, again=again: again.append(log, *rest))
-            assert_same(flat(fleet.generate(prompts, 3, sampling, version=4, tag="t")), expected)
-        assert again.tokens == total
+        found, drawn = counted(fleet, of, sampling, **asked)
+        assert_same(found, expected)
+        assert drawn == total
+
+
+def test_a_fleet_takes_up_logs_when_it_comes_to_their_step(checkpoints: tuple[str, str], tmp_path: Path) -> None:
+    """A run that ended at step 6 goes on at step 5, ends there too, and goes on once more; at step 3 it never was."""
+    prompts = [fleet_prompt(index) for index in (3, 0, 5)]
+    weights = {step: snapshot_of(v4(seed=step), step, "experts") for step in (5, 6, 7)}
+    folder = tmp_path / "wal"
+
+    def at(fleet: Fleet, step: int) -> dict[str, Any]:
+        fleet.load(weights[step])
+        return {"version": step, "tag": f"t/{step}"}
+
+    expected, totals = {}, {}
+    for step in (5, 6):
+        fleet = mortal_fleet(tmp_path / "unbroken", checkpoints[0], 1)
+        expected[step], totals[step] = counted(fleet, prompts, SAMPLED, **at(fleet, step))
+    logged = {}
+    for step in (6, 5):
+        fleet = mortal_fleet(tmp_path, checkpoints[0], 1)
+        logged[step] = broken_off(fleet, prompts, 3, **at(fleet, step))
+    mortal_fleet(tmp_path, checkpoints[0], 1)  # one that ends before it samples anything
+    (folder / "rollout_worker_0.wal").write_bytes(bytes(100))  # of zeros: the machine went down
+    fleet = mortal_fleet(tmp_path, checkpoints[0], 1)
+    assert sorted(os.listdir(folder)) == ["rollout_worker_0.wal.5", "rollout_worker_0.wal.6"]
+    for step in (5, 6):
+        found, drawn = counted(fleet, prompts, SAMPLED, **at(fleet, step))
+        assert_same(found, expected[step])
+        assert drawn == totals[step] - logged[step]
+    assert os.listdir(folder) == ["rollout_worker_0.wal"]
+    (folder / "rollout_worker_0.wal").unlink()
+    (folder / "rollout_worker_0.wal").mkdir()
+    with pytest.raises(LogDamaged, match=r"rollout_worker_0\.wal is in the way: Is a directory"):
+        mortal_fleet(tmp_path, checkpoints[0], 1)
 
 
 def flipped(log: bytes, rng: random.Random) -> bytes:

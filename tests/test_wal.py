@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import random
 import resource
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -208,6 +210,31 @@ def test_frames_of_another_log_or_out_of_place_are_found(tmp_path: Path) -> None
             read_log(where.path)
 
 
+def test_a_log_of_another_program_version_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    where, dumps, removed = key(tmp_path), json.dumps, {"policy", "another"}
+
+    def changed(value: Any) -> str:
+        fields = value | {"another": 1} if isinstance(value, dict) else value
+        return dumps({name: fields[name] for name in fields if name not in removed} if fields is not value else value)
+
+    monkeypatch.setattr(json, "dumps", changed)
+    rng = np.random.default_rng(6)
+    written(where, requests := requests_of(rng), steps := steps_of(rng))  # from before policies were logged
+    assert_holds(read_batch(where), requests, steps)
+    for names in (set(), {"another", "seed"}):
+        removed = names
+        written(where, [], [])
+        with pytest.raises(LogDamaged, match=r"w\.wal says of itself .*, worker, .*; .* are expected"):
+            read_log(where.path)
+
+
+def test_zeros_are_a_log_of_which_nothing_reached_the_disk(tmp_path: Path) -> None:
+    where = key(tmp_path)
+    Path(where.path).write_bytes(bytes(50))
+    assert read_log(where.path) is None and read_batch(where) is None
+    assert written(where, [], []) and assert_empty(read_batch(where))
+
+
 def test_logs_of_others_are_named(tmp_path: Path) -> None:
     rng = np.random.default_rng(4)
     where = key(tmp_path)
@@ -219,7 +246,7 @@ def test_logs_of_others_are_named(tmp_path: Path) -> None:
         with pytest.raises(LogDamaged, match=r"batch 3 of 'rollout worker 0' in run 'run', not of batch") as caught:
             read_batch(wanted)
         assert wanted.run in str(caught.value) and wanted.worker in str(caught.value)
-    for text in (b"{}", b"OPDWAL2\n and more", b"\0" * 50):
+    for text in (b"{}", b"OPDWAL2\n and more", b"\0" * 50 + b"1"):
         Path(where.path).write_bytes(text)
         with pytest.raises(LogDamaged, match="is not a write-ahead log of this program's"):
             read_batch(where)

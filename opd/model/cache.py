@@ -199,8 +199,9 @@ class Cache:
         `width` is the padded number of columns, at least the longest row. Takes the pages the new tokens need, and
         copies a shared one before it is written. A slot that starts at 0 lets go of what it held. Whoever takes a page
         when most are free takes those of the next `ahead` tokens too, and so do all of the call: many a later call then
-        has nothing to take. Raises ValueError past `max_tokens` and for a slot that does not hold what comes before its
-        start, OutOfPages when there is no page, in each case with nothing changed.
+        has nothing to take. They are held, shared and saved like the others, with nothing in them. Raises ValueError
+        past `max_tokens` and for a slot without the page of what comes before its start, OutOfPages when there is no
+        page, in each case with nothing changed.
         """
         slots, starts, lengths = (np.asarray(values, dtype=np.int64) for values in (slots, starts, lengths))
         ends = starts + lengths
@@ -230,8 +231,10 @@ class Cache:
         outside = (starts < begin) | (ends > end)
         if not outside.any():
             return
-        if ahead and len(self.free) > self.num_pages // 2 + len(slots) * (2 + ahead // self.page_tokens):
-            ends = np.minimum(ends + ahead, self.max_tokens)
+        further = np.minimum(ends + ahead, self.max_tokens)
+        most = int((-(-further // self.page_tokens) - starts // self.page_tokens).sum())
+        if ahead and len(self.free) > self.num_pages // 2 + most:
+            ends = further
             outside |= ends > end
         rows = np.flatnonzero(outside)
         slots, starts, ends = slots[rows], starts[rows], ends[rows]
@@ -345,8 +348,8 @@ class Cache:
                 tensor[slot] = next(saved)
             for tensor in layer.paged():
                 entries = next(saved)
-                assert len(entries) == pages, "a snapshot of another number of tokens"  # one page would be broadcast
-                tensor[held] = entries
+                assert len(entries) >= pages, "a snapshot of fewer tokens"  # one page would be broadcast
+                tensor[held] = entries[:pages]
 
     def num_bytes(self) -> int:
         tensors = [tensor for layer in self.layers for tensor in (*layer.per_slot(), *layer.paged())]
