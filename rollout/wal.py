@@ -88,6 +88,11 @@ class LoggedBatch:
     def num_tokens(self) -> int:
         return sum(map(len, self.sampled))
 
+    def asks(self) -> tuple[Any, ...]:
+        """What was to be drawn, and by whom: two logs that agree in it would end up with the same tokens."""
+        requests = [(request.trajectory_id, request.token_ids, request.max_new_tokens) for request in self.requests]
+        return self.policy, self.seed, self.sampling, requests
+
     def resumed(self, requests: Sequence[Request], sampling: SamplingConfig, seed: int) -> list[Request]:
         """The requests with what the log has of each. Raises LogDamaged for one that was logged with another prompt,
         and for a batch that was sampled in another way."""
@@ -225,6 +230,15 @@ def read_log(path: str | Path) -> LoggedBatch | None:
     Raises LogDamaged for a file that is no log and for one in which something was changed, FileNotFoundError for none.
     """
     data = Path(path).read_bytes()
+    try:
+        return _read(data, path)
+    except LogDamaged:
+        raise
+    except (TypeError, ValueError, IndexError, KeyError, struct.error) as error:
+        raise LogDamaged(f"{path} is sound but of no shape that this version reads: {error}") from error
+
+
+def _read(data: bytes, path: str | Path) -> LoggedBatch | None:
     if not data.startswith(MAGIC):
         if MAGIC.startswith(data) or not any(data):  # zeros: a machine that went down
             return None
@@ -238,6 +252,8 @@ def read_log(path: str | Path) -> LoggedBatch | None:
     identity = {"policy": "", **_json(frames[0][2], path, frames[0][0])}
     if (expected := {"run", "worker", "batch", "policy_version", "policy", "seed", "sampling"}) != identity.keys():
         raise LogDamaged(f"{path} says of itself {', '.join(identity)}; {', '.join(sorted(expected))} are expected")
+    if not isinstance(identity["policy_version"], int):
+        raise LogDamaged(f"{path} has the policy version {identity['policy_version']!r}; a whole number is expected")
     requests = _requests(frames[1][2], path)
     owners = [np.repeat(np.arange(len(requests)), [len(request.sampled) for request in requests])]
     steps = [request.sampled for request in requests]
@@ -294,14 +310,14 @@ def taken_up(
     wanted = (key.worker, policy_version, policy, seed, dataclasses.asdict(sampling))
     if found is None or (found.worker, found.policy_version, found.policy, found.seed, found.sampling) != wanted:
         return list(requests)
-    logged = {
-        (request.trajectory_id, request.token_ids, request.max_new_tokens): len(samples)
-        for request, samples in zip(found.requests, found.sampled, strict=True)
-    }
+    drawn = {}
+    for request, samples in zip(found.requests, found.sampled, strict=True):
+        if len(samples) and all(span.policy_version == policy_version for span in request.version_spans):
+            drawn[request.trajectory_id] = request.token_ids, request.max_new_tokens
     chosen = [
         index
         for index, request in enumerate(requests)
-        if logged.get((request.trajectory_id, request.token_ids, request.max_new_tokens), 0) > len(request.sampled)
+        if drawn.get(request.trajectory_id) == (request.token_ids, request.max_new_tokens) and not request.sampled
     ]
     taken = dict(zip(chosen, found.resumed([requests[index] for index in chosen], sampling, seed), strict=True))
     if taken:
@@ -432,7 +448,7 @@ def _json(payload: bytes, path: str | Path, place: int) -> Any:
 def set_aside(key: LogKey) -> None:
     """Moves the log that an earlier sampler left, if there is one that holds a token, to where `taken_up` looks for it.
 
-    The last ASIDE of them stay, each of its version; of two of one policy, the one with more tokens. One that was
+    The last ASIDE of them stay, each of its version; of two of one batch, the one with more tokens. One that was
     changed goes to `<path>.damaged`. Raises LogDamaged for a file that is no log of ours, which is left alone.
     """
     _refuse_foreign(key.path)
@@ -447,11 +463,12 @@ def set_aside(key: LogKey) -> None:
             os.unlink(key.path)
         return
     place = key.aside(found.policy_version)
+    _refuse_foreign(place)
     try:
         other = _held(place)
-    except (LogDamaged, OSError):
+    except LogDamaged:
         other = None
-    if other is not None and other.policy == found.policy and other.num_tokens > found.num_tokens:
+    if other is not None and other.asks() == found.asks() and other.num_tokens > found.num_tokens:
         os.unlink(key.path)
     else:
         os.replace(key.path, place)
@@ -460,16 +477,20 @@ def set_aside(key: LogKey) -> None:
 
 
 def drop_asides(key: LogKey, policy_version: int) -> None:
-    """Removes logs that were set aside, of this version and older ones: nobody asks for them any more."""
+    """Removes logs that were set aside, of versions before this one: nobody asks for them any more."""
     for version, path in _asides(key):
-        if version <= policy_version:
+        if version < policy_version:
             os.unlink(path)
 
 
 def _asides(key: LogKey) -> list[tuple[int, str]]:
-    """Logs that were set aside, with their versions."""
-    found = glob.glob(f"{glob.escape(key.path)}.*")
-    return [(int(end), path) for path in found if (end := path.removeprefix(f"{key.path}.")).isdecimal()]
+    """Logs that were set aside, with their versions; other files of such names are nobody's business here."""
+    found = []
+    for path in glob.glob(f"{glob.escape(key.path)}.*"):
+        version = path.removeprefix(f"{key.path}.")
+        if version.isdecimal() and _what_is_foreign(path) is None:
+            found.append((int(version), path))
+    return found
 
 
 def _held(path: str) -> LoggedBatch | None:
@@ -481,17 +502,22 @@ def _held(path: str) -> LoggedBatch | None:
 
 
 def _refuse_foreign(path: str) -> None:
+    if (reason := _what_is_foreign(path)) is not None:
+        raise LogDamaged(f"{path} is in the way: {reason}; it is left alone, move it away")
+
+
+def _what_is_foreign(path: str) -> str | None:
+    """What makes a file none of our logs; None for one that is, and for no file."""
     try:
         with open(path, "rb") as file:
             begin = file.read(len(MAGIC))
+            # Zeros are a log of which a machine that went down kept the size.
+            is_ours = MAGIC.startswith(begin) or not any(begin + file.read())
     except (FileNotFoundError, NotADirectoryError):
-        return
+        return None
     except OSError as error:
-        raise LogDamaged(f"{path} is in the way: {error.strerror}") from error
-    if not MAGIC.startswith(begin) and any(Path(path).read_bytes()):  # zeros: a machine that went down
-        raise LogDamaged(
-            f"{path} is in the way: it is not a write-ahead log of this program's, and is left alone; move it away"
-        )
+        return error.strerror
+    return None if is_ours else "it is not a write-ahead log of this program's"
 
 
 def _flush_folder(path: str) -> None:

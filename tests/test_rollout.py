@@ -1044,7 +1044,7 @@ def test_a_dead_worker_is_replaced_and_no_token_is_drawn_twice(
     assert not deaths.steps and fleet.num_deaths == 5
     assert deaths.tokens == sum(t.num_loss_tokens for t in expected)  # each was drawn and logged once
     assert fleet.resumed_tokens > 0
-    logs = [read_log(path) for path in sorted((tmp_path / "wal").iterdir())]
+    logs = [read_log(path) for path in sorted((tmp_path / "wal").glob("*.wal"))]
     assert [log.worker for log in logs if log] == ["rollout worker 0", "rollout worker 1"]
     assert {log.torn_bytes for log in logs if log} == {0} and {log.run for log in logs if log} == {fleet.run}
     assert {reason for log in logs if log for reason in log.reasons} <= {"stop", "length"}
@@ -1146,12 +1146,14 @@ def test_the_next_fleet_goes_on_from_what_the_last_one_logged(
         assert ("tokens that an earlier run logged" in caplog.text) == (name in ("same", "changed"))
         assert ("was changed" in caplog.text) == (name == "damaged")
         names = [f"rollout_worker_{index}.wal" for index in range(2)]
-        kept = [f"{name}.damaged" for name in names] if name == "damaged" else []
-        assert sorted(os.listdir(folder / "wal")) == sorted(names + kept)
-        # The next batch asks for the same once more, of whom has delivered it.
-        found, drawn = counted(fleet, of, sampling, **asked)
-        assert_same(found, expected)
-        assert drawn == total
+        end = "damaged" if name == "damaged" else "4"
+        assert sorted(os.listdir(folder / "wal")) == sorted(names + [f"{name}.{end}" for name in names])
+        # Another batch of the same version has nothing of it, and the next version nothing to come back to.
+        found, drawn = counted(fleet, of, sampling, version=4, tag="u")
+        assert drawn == sum(t.num_loss_tokens for t in found)
+        fleet.load(dataclasses.replace(weights, policy_version=5))
+        fleet.generate(prompts, 1, SAMPLED, version=5, tag="t")
+        assert sorted(os.listdir(folder / "wal")) == names or name == "damaged"
 
 
 def test_a_fleet_takes_up_logs_when_it_comes_to_their_step(checkpoints: tuple[str, str], tmp_path: Path) -> None:
@@ -1180,7 +1182,16 @@ def test_a_fleet_takes_up_logs_when_it_comes_to_their_step(checkpoints: tuple[st
         found, drawn = counted(fleet, prompts, SAMPLED, **at(fleet, step))
         assert_same(found, expected[step])
         assert drawn == totals[step] - logged[step]
+    fleet.generate(prompts, 1, SAMPLED, **at(fleet, 7))
     assert os.listdir(folder) == ["rollout_worker_0.wal"]
+    # Files of others beside them are left alone; in their place they are named.
+    (folder / "rollout_worker_0.wal.3").mkdir()
+    (folder / "rollout_worker_0.wal.4").write_text("a diary")
+    fleet.generate(prompts, 1, SAMPLED, **at(fleet, 7))
+    assert len(os.listdir(folder)) == 3
+    (folder / "rollout_worker_0.wal.7").write_text("a diary")
+    with pytest.raises(LogDamaged, match=r"rollout_worker_0\.wal\.7 is in the way: it is not a write-ahead log"):
+        mortal_fleet(tmp_path, checkpoints[0], 1)
     (folder / "rollout_worker_0.wal").unlink()
     (folder / "rollout_worker_0.wal").mkdir()
     with pytest.raises(LogDamaged, match=r"rollout_worker_0\.wal is in the way: Is a directory"):

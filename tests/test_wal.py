@@ -228,6 +228,30 @@ def test_a_log_of_another_program_version_is_named(tmp_path: Path, monkeypatch: 
             read_log(where.path)
 
 
+@pytest.mark.parametrize(
+    "value",
+    [[1], None, {"policy_version": "../x"}, {"policy_version": None}],
+)
+def test_a_sound_log_of_another_shape_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: dict[str, Any] | list[int] | None
+) -> None:
+    where, dumps = key(tmp_path), json.dumps
+
+    def changed(original: Any) -> str:
+        if not isinstance(original, dict):
+            return dumps(original)
+        return dumps(original | value if isinstance(value, dict) else value)
+
+    monkeypatch.setattr(json, "dumps", changed)
+    written(where, [], [])
+    with pytest.raises(LogDamaged, match=r"w\.wal (has the policy version|is sound but of no shape)"):
+        read_log(where.path)
+    monkeypatch.setattr(json, "dumps", lambda value: dumps(value if isinstance(value, dict) else [[1, 2]]))
+    written(where, requests_of(np.random.default_rng(7)), [])
+    with pytest.raises(LogDamaged, match=r"w\.wal is sound but of no shape"):
+        read_log(where.path)
+
+
 def test_zeros_are_a_log_of_which_nothing_reached_the_disk(tmp_path: Path) -> None:
     where = key(tmp_path)
     Path(where.path).write_bytes(bytes(50))
@@ -250,7 +274,7 @@ def test_logs_of_others_are_named(tmp_path: Path) -> None:
         Path(where.path).write_bytes(text)
         with pytest.raises(LogDamaged, match="is not a write-ahead log of this program's"):
             read_batch(where)
-        with pytest.raises(LogDamaged, match="in the way: .* left alone"):
+        with pytest.raises(LogDamaged, match="in the way: .*; it is left alone, move it away"):
             written(where, [], [])
         assert Path(where.path).read_bytes() == text
 
