@@ -20,9 +20,9 @@ from opd.chat import Chat
 from opd.config import Config, ModelConfig, SamplingConfig, TeacherConfig, teacher_routes
 from opd.data import Domain
 from opd.health import check_recovery
+from opd.model import architecture
 from opd.types import Actor, Group
 from opd.verifiers import Verdict, verify
-from opd.weights import load_model_config
 from rollout.fleet import PROBES, Fleet
 from rollout.worker import RolloutWorker
 
@@ -109,8 +109,9 @@ def hire_fleet(
     """The rollout workers of a run, holding the architecture of `model.path` and no version yet. `record_routing`: what
     they sample is trained on with `rollout.routing_replay`; evaluations have no use for the record.
 
-    Their logs lie in the run's folder `wal`, one file per worker with its newest batch. A run has one fleet at a time
-    (`open_run` keeps other processes out): the next stage's takes the folder over.
+    Their logs lie in the run's folder `wal`, one file per worker with its newest batch, beside what earlier fleets were
+    at when they ended. A run has one fleet at a time (`open_run` keeps other processes out): the next stage's takes the
+    folder over.
     """
 
     rollout = replace(config.rollout, routing_replay=record_routing)
@@ -260,11 +261,3 @@ def _with_fleets(
     finally:
         if fleet is not None:
             runtime.dismiss(fleet.workers)
-
-
-def architecture(model: ModelConfig) -> str:
-    """What two checkpoints must have in common to be loaded into the same worker."""
-    fields = load_model_config(model.path or "", model.revision).to_dict()
-    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
-        fields.pop(key, None)
-    return json.dumps([model.family, fields], sort_keys=True, default=str)

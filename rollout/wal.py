@@ -76,13 +76,13 @@ class LoggedBatch:
     worker: str
     batch: int
     policy_version: int  # tokens of this log were drawn under it, but those that requests came with
+    policy: str  # digest of what draws: weights, architecture, context, stop tokens; empty where none was given
     seed: int
     sampling: dict[str, Any]
     requests: tuple[Request, ...]
     sampled: tuple[Samples, ...]
     reasons: tuple[FinishReason | None, ...]  # None: unfinished
     torn_bytes: int  # at the end of the file, dropped
-    policy: str = ""  # digest of what draws: weights, context, stop tokens
 
     @property
     def num_tokens(self) -> int:

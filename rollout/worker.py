@@ -17,7 +17,7 @@ import torch
 from opd.config import ModelConfig, RolloutConfig, SamplingConfig
 from opd.fp4 import pack_weights
 from opd.losses import token_logprobs
-from opd.model import DeepseekV4, check_replay, load_model
+from opd.model import DeepseekV4, architecture, check_replay, load_model
 from opd.types import Store, Trajectory, WeightSnapshot
 from opd.weights import apply_snapshot, snapshot_hash, snapshot_of
 from rollout.engine import V4Engine, pages_of
@@ -47,7 +47,11 @@ class RolloutWorker:
         self.digest = ""  # of all that draws: weights, architecture, stop tokens
         self.policy = load_model(model).to(device)
         pack_weights(self.policy, model.fp4)  # FP4 weights are held, and replaced, as packed bytes and nothing else
-        self.wal, self.stop_ids = rollout.wal, tuple(stop_ids)
+        self.wal = rollout.wal
+        # What the text depends on besides weights and noise; not where the architecture was read.
+        own = asdict(replace(model, path=None, revision=None, tokenizer=None))
+        settings = json.dumps([own, architecture(model), str(self.policy.head.dtype), sorted(stop_ids)], sort_keys=True)
+        self._settings = hashlib.sha256(settings.encode()).hexdigest()
         self.engine = self._engine(rollout, stop_ids, seed)
 
     def _engine(self, rollout: RolloutConfig, stop_ids: Sequence[int], seed: int) -> V4Engine | HubEngine:
@@ -85,17 +89,8 @@ class RolloutWorker:
         apply_snapshot(self.policy, snapshot)
         self.version = snapshot.policy_version
         if self.wal != "none":
-            self.digest = f"{snapshot_hash(snapshot)} {self._settings_hash()}"
+            self.digest = f"{snapshot_hash(snapshot)} {self._settings}"
         return self.version
-
-    def _settings_hash(self) -> str:
-        """Of what the text depends on besides weights and noise; not of where the architecture was read."""
-        own = asdict(replace(self.model_config, path=None, revision=None, tokenizer=None))
-        architecture = self.policy.config.to_dict()
-        for name in ("_name_or_path", "transformers_version"):
-            architecture.pop(name, None)
-        text = json.dumps([own, architecture, sorted(self.stop_ids)], sort_keys=True, default=str)
-        return hashlib.sha256(text.encode()).hexdigest()
 
     def generate(
         self,

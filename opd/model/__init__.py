@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from typing import Any, Protocol
 
@@ -115,6 +116,14 @@ def load_model(model: ModelConfig, path: str | None = None, *, mtp: bool = False
             raise ConfigError(f"{source} holds the tensor {name} that its config.json has no place for")
     built.load_state_dict(tensors)
     return built
+
+
+def architecture(model: ModelConfig) -> str:
+    """What two checkpoints must have in common to be loaded into the same worker."""
+    fields = load_model_config(model.path or "", model.revision).to_dict()
+    for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"):
+        fields.pop(key, None)
+    return json.dumps([model.family, fields], sort_keys=True, default=str)
 
 
 def without_weights(model: ModelConfig, path: str) -> DeepseekV4:

@@ -231,11 +231,12 @@ class Cache:
         outside = (starts < begin) | (ends > end)
         if not outside.any():
             return
-        further = np.minimum(ends + ahead, self.max_tokens)
-        most = int((-(-further // self.page_tokens) - starts // self.page_tokens).sum())
-        if ahead and len(self.free) > self.num_pages // 2 + most:
-            ends = further
-            outside |= ends > end
+        if ahead:
+            further = np.minimum(ends + ahead, self.max_tokens)
+            wanted = int((-(-further // self.page_tokens) - starts // self.page_tokens).sum())
+            if len(self.free) > self.num_pages // 2 + wanted:
+                ends = further
+                outside |= ends > end
         rows = np.flatnonzero(outside)
         slots, starts, ends = slots[rows], starts[rows], ends[rows]
         first, last = starts // self.page_tokens, (ends - 1) // self.page_tokens
