@@ -59,9 +59,9 @@ class Fleet:
         probe_tolerance: float = PROBE_TOLERANCE,
     ) -> None:
         """`respawn(index)` starts another worker in place of workers[index], of the same name and settings; without it
-        a death ends the run. Write-ahead logs go to `log_dir`, one file per worker, beside what an earlier fleet was at;
-        None: no logs, and a replacement samples its whole batch again. On a cluster of several nodes, `log_dir` is a
-        folder that all of them see.
+        a death ends the run. Write-ahead logs go to `log_dir`, one file per worker, beside what an earlier fleet was
+        at; None: no logs, and a replacement samples its whole batch again. On a cluster of several nodes, `log_dir` is
+        a folder that all of them see.
         """
         self.workers, self.timeout_seconds = list(workers), timeout_seconds
         self.respawn, self.log_dir = respawn, None if log_dir is None else os.path.abspath(log_dir)
